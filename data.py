@@ -1,0 +1,337 @@
+"""Where pictures and captions come from: `glyphs` (drawn on the fly), `fashion` (photographs), or your own folder.
+
+A source is anything with `attributes`, `words` and `batch(n, generator, split)`; a batch is pictures in [-1, 1]
+and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of letters,
+digits and pictograms from the fonts matplotlib carries, so nothing is downloaded and the supply never ends.
+Captions forget attributes at random, as real captions do. Every shape has one ink colour it is never seen in
+during training: those (shape, ink) pairs are the `held_out` compositions.
+
+Look at them:  python data.py --show glyphs          Read next: models.py
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import sys
+import unicodedata
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SIZE = 32                                                    # pixels, both sides, of every embedded data set
+
+
+@dataclass
+class Batch:
+    """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has none ·
+    named (B, A) bool: the caption says so. Only named attributes can be asked of a model."""
+    image: torch.Tensor
+    caption: list
+    truth: torch.Tensor
+    named: torch.Tensor
+
+    def __getitem__(self, rows):
+        return Batch(self.image[rows], self.caption[rows], self.truth[rows], self.named[rows])
+
+
+# ------------------------------------------------------------------------------------------------ glyphs
+
+COLOURS = {"black": (.04, .04, .06), "white": (.97, .97, .95), "red": (.86, .10, .12), "orange": (.98, .55, .08),
+           "yellow": (.99, .88, .20), "green": (.08, .58, .22), "blue": (.10, .30, .86), "purple": (.55, .14, .66)}
+FAMILIES = {  # family -> the four styles: regular, bold, italic, bold italic
+    "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
+    "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
+    "roman": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    "typewriter": ("cmtt10",),                               # Computer Modern has one cut of it
+}
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+PICTOGRAMS = (
+    "☀☁☂☃☄★☆☇☈☎☐☑☒☔☕☘☚☜☝☞☟☠☢☣☤☥☦☧☨☩☪☮☯☸☹☺☻☽☾♀♂♃♄♅♆♇♈♉♊♋♌♍♎♏♐♑♒♓♔♕♖♗♘♙♚♛♜♝♞♟♠♡♢♣♤♥♦♧♨♩♪♫♬♭♮♯"
+    "♲♿⚀⚁⚂⚃⚄⚅⚐⚑⚒⚓⚔⚖⚗⚘⚙⚛⚜⚠⚡⚱⛀⛁⛂⛃✂✆✇✈✉✌✍✏✒✓✗✙✚✠✡✦✧✪✯✱✶✹✿❀❄❅❇❖❢❣❦❧←↑→↓↔↕↖↗↘↙↰↱↲↳↺↻⇄⇅⇐⇑⇒⇓⇦⇧⇨⇩"
+    "■□▣▦▲△▶▷▼▽◀◁◈◉○●◐◑◒◓◢◣◤◥◫◬⌂⌘⌨⏏⬟⬡⬢😀😇😈😉😎😐😗😠😢😮😴😷😸🙀")
+PLAIN = {"black": "solid", "white": "hollow", "heavy": "thick"}      # Unicode's colours are not ours
+DROP = {"sign", "symbol", "suit", "universal", "fill"}
+
+
+def shape_name(character):
+    """How a caption calls it: 'letter g', 'capital letter g', 'digit seven', 'hollow chess knight'."""
+    words = unicodedata.name(character).lower().replace("-", " ").split()
+    if character.isascii():
+        return {"small": "letter ", "capital": "capital letter "}.get(words[1], "digit ") + words[-1]
+    return " ".join(PLAIN.get(w, w) for w in words if w not in DROP)
+
+
+def mask(font, character, px=64):
+    """The glyph as a (px, px) coverage mask in [0, 1]. Letters keep their font size, so 'c' is not 'C'; pictograms
+    are scaled to fill. Drawn four times too large, then averaged: that is the anti-aliasing."""
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font, LoadFlags
+    face = FT2Font(f"{get_data_path()}/fonts/ttf/{font}.ttf")
+    face.set_size(4 * px * (.80 if character.isascii() else 1.1), 72)
+    face.set_text(character, 0, flags=LoadFlags.NO_HINTING)
+    face.draw_glyphs_to_bitmap(antialiased=True)
+    ink = np.asarray(face.get_image(), dtype=np.float32) / 255
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    ink = torch.from_numpy(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])[None, None]
+    fill = 3.1 * px / max(ink.shape[-2:])
+    scale = min(1., fill) if character.isascii() else fill
+    ink = F.interpolate(ink, scale_factor=scale, mode="bilinear", antialias=True)
+    top, left = (4 * px - ink.shape[-2]) // 2, (4 * px - ink.shape[-1]) // 2
+    canvas = F.pad(ink, (left, 4 * px - left - ink.shape[-1], top, 4 * px - top - ink.shape[-2]))
+    return F.avg_pool2d(canvas, 4)[0, 0].clamp(0, 1)         # (px, px)
+
+
+class Glyphs:
+    """Endless captioned pictures with exactly known attributes; a held-out split by (shape, ink) composition."""
+    name = "glyphs"
+
+    def __init__(self):
+        characters = LETTERS + PICTOGRAMS
+        self.shapes = [shape_name(c) for c in characters]
+        self.attributes = {"shape": self.shapes, "ink": list(COLOURS), "ground": list(COLOURS),
+                           "family": list(FAMILIES), "weight": ["regular", "bold"], "slant": ["upright", "italic"]}
+        self.masks, self.variants = [], []                   # variant: (shape, family, bold, italic), -1 = has none
+        for shape, c in enumerate(characters):
+            cuts = [(f, i, font) for f, fonts in enumerate(FAMILIES.values()) for i, font in enumerate(fonts)]
+            for family, i, font in cuts if c.isascii() else [(-1, -1, "DejaVuSans")]:
+                self.variants.append((shape, family, *((i % 2, i // 2) if i >= 0 else (-1, -1))))
+                self.masks.append(mask(font, c))
+        self.masks = (torch.stack(self.masks) * 255).round().byte()           # (V, 64, 64)
+        self.variants = torch.tensor(self.variants)                           # (V, 4)
+        self.palette = torch.tensor(list(COLOURS.values()))                   # (8, 3)
+        per_shape = torch.bincount(self.variants[:, 0])[self.variants[:, 0]].float()
+        self.weight = (self.variants[:, 1] < 0).float() + (self.variants[:, 1] >= 0) * 2.4 / per_shape
+        captions = self.shapes + list(COLOURS) + list(FAMILIES) + ["a an on background bold italic"]
+        self.words = sorted({w for text in captions for w in text.split()})
+
+    def batch(self, n, generator=None, split="train"):
+        """n fresh pictures. split 'train' and 'test' share compositions, never pictures; 'held_out' has the others."""
+        check_split(split, ("train", "test", "held_out"))
+        variant = torch.multinomial(self.weight, n, replacement=True, generator=generator)
+        shape, family, bold, italic = self.variants[variant].T
+        forbidden = -shape % 8                               # the one ink this shape never wears in training
+        step = torch.randint(1, 8, (n,), generator=generator)
+        ink = forbidden if split == "held_out" else (forbidden + step) % 8
+        ground = (ink + torch.randint(1, 8, (n,), generator=generator)) % 8   # never ink on its own colour
+        truth = torch.stack([shape, ink, ground, family, bold, italic], 1)    # (n, 6)
+        keep = torch.rand(n, 6, generator=generator) < .75                    # captions forget a quarter
+        keep[:, 0] = True
+        named = keep & (truth >= 0)
+        named[:, 4:] &= truth[:, 4:] > 0                     # nobody writes 'regular' or 'upright'
+        image = self.draw(variant, ink, ground, generator)
+        return Batch(image, [self.caption(t, k) for t, k in zip(truth.tolist(), named.tolist())], truth, named)
+
+    def draw(self, variant, ink, ground, generator=None):
+        """Jitter the masks (shift, turn, scale), average 2x2, paint: (n,) indices -> (n, 3, 32, 32) in [-1, 1]."""
+        n = len(variant)
+        u = torch.rand(n, 4, generator=generator) * 2 - 1
+        angle, scale = u[:, 0] * .09, 1 + u[:, 1] * .07                       # +-5 degrees, +-7 %
+        c, s = angle.cos() / scale, angle.sin() / scale
+        affine = torch.stack([torch.stack([c, -s, u[:, 2] * .11], 1),         # shift: +-1.8 pixels
+                              torch.stack([s, c, u[:, 3] * .11], 1)], 1)      # (n, 2, 3)
+        grid = F.affine_grid(affine, (n, 1, 64, 64), align_corners=False)
+        masks = F.grid_sample(self.masks[variant, None] / 255., grid, align_corners=False)
+        cover = F.avg_pool2d(masks, 2)                                        # (n, 1, 32, 32)
+        wobble = torch.randn(2, n, 3, generator=generator) * .025             # no two reds are the same
+        ink, ground = ((self.palette[i] + w).clamp(0, 1)[:, :, None, None] for i, w in zip((ink, ground), wobble))
+        return (ink * cover + ground * (1 - cover)) * 2 - 1
+
+    def caption(self, truth, named):
+        """'a red bold serif letter g on a yellow background', saying only what `named` allows."""
+        shape, ink, ground, family, bold, italic = truth
+        words = [list(COLOURS)[ink]] * named[1] + ["bold"] * named[4] + ["italic"] * named[5]
+        words += [list(FAMILIES)[family]] * named[3] + [self.shapes[shape]]
+        text = " ".join(words)
+        colour = list(COLOURS)[ground]
+        where = (f" on {colour}" if shape % 2 else f" on {article(colour)} background") * named[2]
+        return article(text) + where
+
+
+def article(text):
+    return ("an " if text[0] in "aeiou" else "a ") + text
+
+
+def check_split(split, known):
+    if split not in known:
+        raise ValueError(f"this data set has the splits {', '.join(known)}; '{split}' is none of them")
+
+
+# ----------------------------------------------------------------------------------------------- fashion
+
+FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot"]
+FASHION_HOME = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+FASHION_MD5 = {  # of the unpacked files: mirrors pack them differently
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965"}
+
+
+def fashion_file(name):
+    """The bytes of one idx file: from the cache, from Debian's package, or downloaded once and checked."""
+    def unpack(packed):
+        content = gzip.decompress(packed)
+        if hashlib.md5(content).hexdigest() != FASHION_MD5[name]:
+            raise OSError(f"{name}.gz has a wrong checksum")
+        return content
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fashion-mnist"
+    for folder in (cache, Path("/usr/share/datasets/fashion-mnist")):
+        try:
+            return unpack((folder / f"{name}.gz").read_bytes())
+        except (OSError, EOFError, zlib.error):
+            continue                                         # absent or damaged: the next place may have it
+    try:
+        with urllib.request.urlopen(f"{FASHION_HOME}{name}.gz", timeout=20) as reply:
+            packed = reply.read()
+        content = unpack(packed)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileNotFoundError(
+            f"Fashion-MNIST not found: no good {name}.gz in {cache}, none from Debian's package (apt install "
+            f"dataset-fashion-mnist), and the download failed ({error}); put the four .gz files in {cache}") from None
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = cache / f"{name}.part"
+    partial.write_bytes(packed)
+    partial.replace(cache / f"{name}.gz")                    # atomic: a half-written file is never found
+    return content
+
+
+class Fashion:
+    """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 grey photographs, padded to 32x32."""
+    name = "fashion"
+    attributes = {"class": FASHION}
+
+    def __init__(self):
+        self.images, self.labels = {}, {}
+        for split, stem in (("train", "train"), ("test", "t10k")):
+            pixels = np.frombuffer(fashion_file(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
+            labels = np.frombuffer(fashion_file(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
+            self.images[split] = F.pad(torch.from_numpy(pixels.copy()).view(-1, 28, 28), (2, 2, 2, 2))
+            self.labels[split] = torch.from_numpy(labels.astype(np.int64))
+        self.words = sorted({w for c in FASHION for w in f"a photo of {article(c)}".split()})
+
+    def batch(self, n, generator=None, split="train"):
+        """n different pictures of the split (the same picture may return in another batch)."""
+        check_split(split, ("train", "test"))
+        size = len(self.labels[split])
+        rows = torch.randperm(size, generator=generator)[:n] if n <= size else torch.randint(
+            size, (n,), generator=generator)
+        image = self.images[split][rows, None].float() / 127.5 - 1
+        label = self.labels[split][rows]
+        caption = [f"a photo of {article(FASHION[k])}" for k in label.tolist()]
+        return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None], torch.ones(len(label), 1, dtype=torch.bool))
+
+
+# ------------------------------------------------------------------------------------------ your own folder
+
+class Folder:
+    """A folder of captioned images: metadata.jsonl with file_name and text (Hugging Face 'imagefolder'), or a
+    .txt beside each image. Squares are cut from the middle; everything is kept in memory as bytes. Its one
+    attribute is the caption itself: 'which of the captions is this a picture of?'"""
+
+    def __init__(self, folder, size=SIZE):
+        folder = Path(folder)
+        self.name = folder.resolve().name
+        pairs = self.listing(folder)
+        if not pairs:
+            raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, or a .txt beside each")
+        self.captions = [text for _, text in pairs]
+        self.images = torch.stack([self.load(path, size) for path, _ in pairs])            # (N, 3, size, size)
+        self.words = sorted({w for text in self.captions for w in text.lower().split()})
+        self.attributes = {"caption": sorted(set(self.captions))}
+        index = {text: i for i, text in enumerate(self.attributes["caption"])}
+        self.labels = torch.tensor([index[text] for text in self.captions])
+
+    @staticmethod
+    def listing(folder):
+        """[(path, caption)]; an image without a caption is an error that names it."""
+        table = folder / "metadata.jsonl"
+        if table.is_file():
+            pairs = []
+            for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                    path, text = folder / row["file_name"], row["text"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{table} line {number}: wanted a JSON object with file_name and text") from None
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{table} line {number}: {row['file_name']} points outside {folder}")
+                pairs.append((path, text))
+            return pairs
+        kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
+        silent = [p.name for p in paths if not p.with_suffix(".txt").is_file()]
+        if silent:
+            raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: write one in "
+                             f"{Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
+        return [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
+
+    @staticmethod
+    def load(path, size):
+        from PIL import Image, ImageOps
+        try:
+            with Image.open(path) as image:
+                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read the image {path} ({error}); repair or remove it") from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def batch(self, n, generator=None, split="train"):
+        """n pictures drawn with replacement; every split is the whole folder."""
+        rows = torch.randint(len(self.captions), (n,), generator=generator)
+        return Batch(self.images[rows].float() / 127.5 - 1, [self.captions[i] for i in rows],
+                     self.labels[rows, None], torch.ones(n, 1, dtype=torch.bool))
+
+
+def build(name):
+    """'glyphs', 'fashion', or a path -> a source. Raises ValueError or FileNotFoundError with a sentence to show."""
+    if name in ("glyphs", "fashion"):
+        return Glyphs() if name == "glyphs" else Fashion()
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, or a folder of captioned images")
+    return Folder(name)
+
+
+def contact_sheet(source, path, n=96, seed=0):
+    """Write a page of pictures with their captions under them."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import textwrap
+    batch = source.batch(n, torch.Generator().manual_seed(seed))
+    figure, axes = plt.subplots(-(-n // 12), 12, figsize=(18, 2.05 * -(-n // 12)))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, text in zip(axes.flat, batch.image, batch.caption):
+        axis.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top")
+    figure.subplots_adjust(0, .04, 1, 1, .08, .42)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a contact sheet of a data set.")
+    parser.add_argument("--show", required=True, metavar="DATA", help="glyphs, fashion, or a folder")
+    parser.add_argument("--out", default=None, help="where to write the PNG (default: DATA.png)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    try:
+        source = build(arguments.show)
+    except (ValueError, OSError) as error:
+        sys.exit(parser.exit(2, f"{error}\n"))
+    path = arguments.out or f"{Path(arguments.show).name}.png"
+    contact_sheet(source, path, seed=arguments.seed)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Discriminators: a frozen pretrained network that sees, and a few light heads that learn to judge what it saw.
+
+A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the eyes
+makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with the real one
+it was made from. ADD's is *projected*: it looks at one picture and asks whether it is real, given the caption.
+
+Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture it
+is shown; the generator's gradient flows through it all the same.                  Read next: adt.py
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch.nn.utils.parametrizations import spectral_norm
+
+import losses
+
+
+class Features(nn.Module):
+    """The frozen backbone: pictures in [-1, 1] -> token maps of the chosen blocks. It cannot be unfrozen."""
+
+    def __init__(self, backbone, blocks=(0, 2, 4, 6)):
+        """backbone(image) -> (token maps, CLS tokens), block 0 being the patch embedding."""
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.blocks = tuple(blocks)
+        with torch.no_grad():
+            self.width = backbone(torch.zeros(1, 3, 32, 32))[0][0].shape[-1]
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad=True):
+        return super().requires_grad_(False)
+
+    def forward(self, image):
+        """(B, 3, H, W) -> one (B, N, D) per block: CLS is added to every patch token, then each token is brought
+        to zero mean and unit variance, so that heads on any block start from the same scale."""
+        tokens, cls = self.backbone(image)
+        return [F.layer_norm((tokens[i] + cls[i][:, None]).float(), (self.width,)) for i in self.blocks]
+
+
+class Head(nn.Module):
+    """Tokens (B, N, D) -> (B, N, out): 1x1 convolution, a residual 1-D convolution along the tokens, 1x1 out.
+    Spectral norm keeps it gentle; group norm, unlike batch norm, does not couple the samples of a batch."""
+
+    def __init__(self, width_in, width, out):
+        super().__init__()
+        self.enter = spectral_norm(nn.Conv1d(width_in, width, 1))
+        self.mix = spectral_norm(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular"))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
+        self.leave = spectral_norm(nn.Conv1d(width, out, 1))
+
+    def forward(self, tokens):
+        x = F.leaky_relu(self.norms[0](self.enter(tokens.transpose(1, 2))), .2)         # (B, W, N)
+        x = (x + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
+        return self.leave(x).transpose(1, 2)
+
+
+class Siamese(nn.Module):
+    """ADT's discriminator: one head per block, the same for both pictures. D(real, other) -> logits (B, L).
+
+    The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
+      similarity   scale * cos(h(x), h(y)) + bias              one number per block, mean over tokens
+      twin         <g(x), h(y)>                                a second set of heads for the real side (SimSiam-like)
+      difference   head(|h(x) - h(y)|)                         the classic siamese network
+    """
+
+    def __init__(self, features, variant="similarity", width=64):
+        super().__init__()
+        if variant not in ("similarity", "twin", "difference"):
+            raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
+        self.features, self.variant = features, variant
+        def heads():
+            return nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
+        self.heads = heads()
+        if variant == "similarity":
+            self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))
+        if variant == "twin":
+            self.real_heads = heads()
+        if variant == "difference":
+            self.compare = nn.ModuleList(nn.Conv1d(width, 1, 1) for _ in features.blocks)
+
+    def forward(self, real, other, text=None):
+        """real, other (B, 3, H, W); text is not looked at -> (B, blocks)."""
+        with torch.no_grad():
+            real = self.features(real)                       # the reference is data: no graph through the backbone
+        other = self.features(other)
+        logits = []
+        for i, (x, y) in enumerate(zip(real, other)):        # (B, N, D) each
+            y = self.heads[i](y)
+            x = (self.real_heads if self.variant == "twin" else self.heads)[i](x)
+            if self.variant == "similarity":
+                logits.append(self.scale * losses.cosine(x, y).mean(1) + self.bias)
+            elif self.variant == "twin":
+                logits.append((x * y).sum(-1).mean(1) / x.shape[-1] ** .5)
+            else:
+                logits.append(self.compare[i]((x - y).abs().transpose(1, 2)).mean((1, 2)))
+        return torch.stack(logits, 1)
+
+
+class Projected(nn.Module):
+    """ADD's discriminator, unpaired: per block and token, <h(y), W c> / sqrt(width) with c the caption's vector.
+    It takes ADT's two pictures and looks at the second alone."""
+
+    def __init__(self, features, text_width, width=64):
+        super().__init__()
+        self.features = features
+        self.heads = nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
+        self.project = nn.ModuleList(nn.Linear(text_width, width) for _ in features.blocks)
+
+    def forward(self, real, other, text):
+        """other (B, 3, H, W), text (B, C) -> (B, blocks * tokens)."""
+        logits = [torch.einsum("bnw,bw->bn", head(y), project(text.float())) / head.leave.out_channels ** .5
+                  for head, project, y in zip(self.heads, self.project, self.features(other))]
+        return torch.cat(logits, 1)
+
+
+def build(variant, features, text_width):
+    return Projected(features, text_width) if variant == "projected" else Siamese(features, variant)
+
+
+# ------------------------------------------------------------------------------- differentiable augmentation
+
+def geometry(n, device=None):
+    """One geometric draw per pair: shift (n, 2) and cut-out centre (n, 2), all uniform in [-1, 1]."""
+    return torch.rand(n, 4, device=device) * 2 - 1
+
+
+def augment(image, draw, strength=1.0, cutout=True):
+    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020), differentiable; the identity at strength 0.
+    image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do not line
+    up; colours are drawn here, anew for every call, so that 'identical pixels' is not what makes a pair real."""
+    n, _, h, w = image.shape
+    u = (torch.rand(3, n, 1, 1, 1, device=image.device) * 2 - 1) * strength
+    image = image + .4 * u[0]                                                 # brightness
+    grey = image.mean(1, keepdim=True)
+    image = grey + (image - grey) * (1 + u[1])                                # saturation, 0 … 2
+    level = image.mean((1, 2, 3), keepdim=True)
+    image = level + (image - level) * (1 + .5 * u[2])                         # contrast, 0.5 … 1.5
+    shift = (draw[:, :2] * strength * torch.tensor([w, h], device=image.device) / 8).round()   # whole pixels
+    theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
+    theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)
+    grid = F.affine_grid(theta, image.shape, align_corners=False)
+    image = F.grid_sample(image, grid, mode="nearest", padding_mode="border", align_corners=False)
+    if cutout and strength > 0:
+        y, x = torch.meshgrid(torch.linspace(-1, 1, h, device=image.device),
+                              torch.linspace(-1, 1, w, device=image.device), indexing="ij")
+        away = torch.maximum((x - draw[:, 2, None, None]).abs(), (y - draw[:, 3, None, None]).abs())
+        image = image * (away > .5 * strength)[:, None]                       # a square of half the side
+    return image

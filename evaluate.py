@@ -1,0 +1,253 @@
+"""How good is it, and compared to what? Samples, distances, prompt accuracy, tables and pictures.
+
+Never one number alone: the Fréchet distance (distribution) stands beside prompt accuracy (each picture), precision
+(fidelity) and recall (diversity), and beside what real pictures score under the same judge and sample count: no
+model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
+
+    python evaluate.py base runs/adt-glyphs-0 --steps 4,10,50          Read next: notebooks/
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+import sampler
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+@torch.no_grad()
+def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, fresh=0.0, chunk=100, visit=None):
+    """Draw one picture per caption from fixed noise -> (B, 3, H, W) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, h, w = model.encode(torch.zeros(1, 3, data.SIZE, data.SIZE)).shape[1:]
+    noise = torch.randn(len(captions), channels, h, w, generator=generator)   # all at once: chunking changes nothing
+    times, pictures = sampler.timeline(model.T, steps, shift), []
+    uncond = model.condition([""])
+    for i in range(0, len(captions), chunk):
+        cond = model.condition(captions[i:i + chunk])
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            x0 = sampler.rollout(model, noise[i:i + chunk], times, cond, uncond, guidance, fresh=fresh,
+                                 generator=generator, visit=visit)
+        pictures.append(model.decode(x0).clamp(-1, 1))
+    return torch.cat(pictures)
+
+
+# ---------------------------------------------------------------------------------------------- distances
+
+def frechet(a, b):
+    """Fréchet distance of two Gaussians fitted to (N, D) and (M, D):
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2); the trace by eigenvalues of the symmetric A^1/2 B A^1/2."""
+    a, b = a.double(), b.double()
+    A, B = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(A)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+def precision_recall(real, made, k=3):
+    """Kynkäänniemi et al. 2019: the share of made features inside the real manifold (a union of k-nearest-neighbour
+    balls), and of real features inside the made one."""
+    def inside(points, centres):
+        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # +1: a point is its own neighbour
+        return (torch.cdist(points, centres) <= radius).any(1).float().mean().item()
+    return inside(made, real), inside(real, made)
+
+
+class Examiner:
+    """Real pictures, their captions and the judge, prepared once; then `measure` any model against them."""
+
+    def __init__(self, source, n=2000, seed=1234, split="test", weights=None):
+        if n < 200:
+            raise ValueError(f"a Fréchet distance over 128 features needs 200 samples or more, not {n}")
+        self.source, self.judge = source, models.judge(source.name, weights)
+        self.n, self.seed = n, seed
+        both = source.batch(2 * n, torch.Generator().manual_seed(seed), split)
+        self.reference, self.asked = both[:n], both[n:]      # disjoint; captions are asked of the models
+        self.features = self.look(self.reference.image)[0]
+        self.floor = self.score(self.asked.image)
+
+    @torch.no_grad()
+    def look(self, images):
+        """-> features (N, 128), predicted class per attribute (N, A)."""
+        seen = [self.judge(chunk) for chunk in images.split(250)]
+        return (torch.cat([f for f, _ in seen]),
+                torch.cat([torch.stack([l.argmax(1) for l in logits], 1) for _, logits in seen]))
+
+    def score(self, images):
+        """Pictures made for the captions of self.asked -> {figure: value}."""
+        features, classes = self.look(images)
+        precision, recall = precision_recall(self.features, features)
+        right, named = (classes == self.asked.truth) & self.asked.named, self.asked.named
+        per_attribute = {f"accuracy {name}": (right[:, i].sum() / named[:, i].sum()).item()
+                         for i, name in enumerate(self.source.attributes)}
+        small = [F.avg_pool2d(x, 4).flatten(1) for x in (self.reference.image, images)]
+        return {"fd": frechet(self.features, features), "accuracy": (right.sum() / named.sum()).item(),
+                **per_attribute, "precision": precision, "recall": recall, "pixel fd": frechet(*small)}
+
+    def measure(self, model, steps, guidance=1.0, seed=0, **sampler_settings):
+        images = sample(model, self.asked.caption, steps, guidance, seed, **sampler_settings)
+        figures = self.score(images)
+        return {"steps": steps, "guidance": guidance, **figures, "excess": figures["fd"] - self.floor["fd"]}
+
+
+def table(rows):
+    """[(name, figures)] -> Markdown, one line each. Columns are the figures of the first row."""
+    columns = [k for k in rows[0][1] if k != "guidance"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in rows:
+        cells = [figures.get(c, "") for c in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------- pictures
+
+def picture(rows, path, captions=None, note=""):
+    """[(label, images (B, 3, H, W))] -> a PNG, one row each, captions above the columns; `note` goes in the file."""
+    import textwrap
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    columns = len(rows[0][1])
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * .95, len(rows) * .95 + .5), squeeze=False)
+    for i, ((label, images), line) in enumerate(zip(rows, axes)):
+        for j, (image, axis) in enumerate(zip(images, line)):
+            axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1), interpolation="nearest")
+            axis.set_xticks([]), axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            if captions and i == 0:
+                axis.set_title("\n".join(textwrap.wrap(captions[j], 17)), fontsize=5)
+        line[0].set_ylabel(label, fontsize=7)
+    figure.tight_layout(pad=.3)
+    partial = Path(path).with_suffix(".part.png")
+    figure.savefig(partial, dpi=160, metadata={"Description": note})
+    partial.replace(path)
+    plt.close(figure)
+
+
+def curves(log, path):
+    """log.jsonl's rows -> one small plot per quantity."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    keys = [k for k in log[-1] if k not in ("step", "seconds")]
+    figure, axes = plt.subplots(-(-len(keys) // 4), 4, figsize=(12, 2.3 * -(-len(keys) // 4)), squeeze=False)
+    for axis in axes.flat[len(keys):]:
+        axis.axis("off")
+    for axis, key in zip(axes.flat, keys):
+        points = [(row["step"], row[key]) for row in log if key in row]
+        axis.plot(*zip(*points), lw=.8)
+        axis.set_title(key, fontsize=8)
+        axis.tick_params(labelsize=6)
+    figure.tight_layout()
+    partial = Path(path).with_suffix(".part.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+def locate(name, dataset):
+    """'base', a run folder or a weights file -> (group, denoiser, data set's name). Runs that differ by seed alone
+    share their group."""
+    if name == "base":
+        if not dataset:
+            raise ValueError("'base' alone does not say which: add --data glyphs or --data fashion")
+        return "base", models.build("tiny", dataset), dataset
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
+    group, plan = str(path), path / "config.json"
+    if plan.is_file():
+        settings = json.loads(plan.read_text())
+        dataset = dataset or settings["data"]
+        group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)"])
+    else:
+        facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
+        dataset = dataset or facts.get("data")
+    if not dataset:
+        raise ValueError(f"{name} does not say which data set it belongs to: add --data")
+    return group, models.build("tiny", dataset, name), dataset
+
+
+def gather(rows):
+    """[(name, figures)] with repeated names -> one row each, 'mean ± std' where a name occurs more than once."""
+    groups = {}
+    for name, figures in rows:
+        groups.setdefault(name, []).append(figures)
+    gathered = []
+    for name, many in groups.items():
+        figures = dict(many[0])
+        for key, value in figures.items():
+            if len(many) > 1 and isinstance(value, float):
+                values = torch.tensor([m[key] for m in many])
+                figures[key] = f"{values.mean():.3f} ± {values.std():.3f}"
+        gathered.append((name if len(many) == 1 else f"{name}, {len(many)} seeds", figures))
+    return gathered
+
+
+def whole_numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
+    parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
+    parser.add_argument("--steps", type=whole_numbers, default=[10], help="sampler steps, e.g. 1,2,4,10,50")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
+    parser.add_argument("--fresh", type=float, default=0.0, help="share of new noise in each step, 0 to 1")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--split", default="test", help="whose captions: test, held_out (glyphs), train")
+    parser.add_argument("--prompt", help="draw this caption eight times instead of measuring")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--out", help="the picture to write (default: samples.png)")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, a = parse(argv)
+    settings = {"shift": a.shift, "fresh": a.fresh}
+    try:
+        found = [locate(name, a.data) for name in a.models]
+        if len({dataset for _, _, dataset in found}) > 1:
+            raise ValueError("these models belong to different data sets; measure them one data set at a time")
+        if a.prompt is not None:
+            captions, examiner = [a.prompt] * 8, None
+        else:
+            source = data.build(found[0][2])
+            examiner = Examiner(source, a.samples, split=a.split)
+            captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
+        for _, model, _ in found:
+            model.condition(captions)
+        for steps in a.steps:
+            sampler.timeline(found[0][1].T, steps)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"evaluate.py: {error}\n")
+    rows, shown = [], []
+    for group, model, _ in found:
+        for steps in a.steps:
+            label = f"{group}, {steps} step{'s' * (steps > 1)}"
+            shown.append((label, sample(model, captions, steps, a.guidance, a.seed + 1, **settings)))
+            if examiner:
+                rows.append((label, examiner.measure(model, steps, a.guidance, a.seed, **settings)))
+    if examiner:
+        rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
+        print(table(gather(rows)))
+    out = a.out or "samples.png"
+    picture(list(dict(shown).items()), out, captions if examiner else None, note=" ".join(sys.argv))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Makes the three small networks that weights/ ships, from nothing:  python pretrain.py --data glyphs
+
+    judge      a CNN that names attributes; measures everything, and is never shown to a discriminator
+    features   a small ViT that names attributes and repaints hidden patches: the frozen backbone, in DINOv2's place
+    denoiser   the text-to-image model that the two papers then improve
+
+Each is one `loss` function below; the loop is shared. Every run saves its state once a minute and goes on from
+there when started again, so it may be stopped at will.                       Read next: adt.py, then train.py
+"""
+
+import argparse
+import json
+import sys
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import losses
+import models
+
+
+@dataclass
+class Recipe:
+    """All `ours`: the smallest budgets after which the pictures looked right."""
+    steps: int
+    batch: int
+    lr: float
+    ema: float = .999            # of the weights that are saved
+    warmup: int = 200            # steps from 0 to lr; afterwards a cosine down to 0
+
+
+RECIPES = {
+    "judge": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
+    "features": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
+    "denoiser": {"glyphs": Recipe(10000, 64, 1e-3), "fashion": Recipe(5000, 64, 1e-3)},
+}
+SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same random numbers twice
+
+
+def attribute_loss(logits, truth):
+    """Mean cross-entropy over attributes; -1 marks an attribute the picture does not have."""
+    return torch.stack([F.cross_entropy(l.float(), t, ignore_index=-1) for l, t in zip(logits, truth.T)]).mean()
+
+
+def shift(image, pixels=2):
+    """A random shift of the whole batch, edges repeated: cheap insurance against memorised positions."""
+    dx, dy = torch.randint(0, 2 * pixels + 1, (2,)).tolist()
+    return F.pad(image, (pixels,) * 4, mode="replicate")[..., dy:dy + image.shape[-2], dx:dx + image.shape[-1]]
+
+
+def judge_loss(network, batch):
+    image = shift(batch.image)
+    image = image + torch.randn_like(image) * torch.rand(len(image), 1, 1, 1) * .1    # generated pictures are noisy
+    return attribute_loss(network(image)[1], batch.truth)
+
+
+def features_loss(network, batch):
+    """Name the attributes from CLS with up to three quarters of the patches hidden; repaint what is hidden."""
+    image = shift(batch.image)
+    hide = torch.rand(len(image), 64) < torch.rand(len(image), 1) * .75
+    tokens, cls = network(image, hide)
+    painted = network.repaint(network.norm(tokens[-1]))
+    logits = [head(network.norm(cls[-1])) for head in network.heads]
+    repaint = (painted.float() - network.patches(image))[hide].square().mean()
+    return attribute_loss(logits, batch.truth) + 2 * repaint
+
+
+def denoiser_loss(model, batch):
+    """The flow loss, 10 % of the captions empty so that classifier-free guidance has something to push against."""
+    captions = ["" if forget else c for c, forget in zip(batch.caption, torch.rand(len(batch.caption)) < .1)]
+    x0 = model.encode(batch.image)
+    t = losses.sample_times(len(x0), model.T, "lognormal")
+    return losses.diffusion_loss(model, x0, t, torch.randn_like(x0), model.condition(captions))
+
+
+def make(which, source, target):
+    """-> network, loss, the facts its file carries."""
+    classes = [len(v) for v in source.attributes.values()]
+    if which == "judge":
+        return models.Judge(classes), judge_loss, {"attributes": classes}
+    if which == "features":
+        return models.TinyViT(classes), features_loss, {"attributes": classes}
+    return models.TinyDenoiser(source.words, target), denoiser_loss, {"words": source.words, "target": target}
+
+
+def learning_rate(step, recipe):
+    """Linear warm-up, then half a cosine: the factor on recipe.lr."""
+    progress = torch.tensor(min(step / recipe.steps, 1.))
+    return min(1., (step + 1) / recipe.warmup) * float(.5 * (1 + torch.cos(torch.pi * progress)))
+
+
+def fit(which, source, recipe, out, target="flow"):
+    """Train one network to the end of its recipe, continuing from out/<which>.state if it is there."""
+    torch.manual_seed(SEEDS[which])
+    network, loss_of, facts = make(which, source, target)
+    average = deepcopy(network).requires_grad_(False)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
+    state, start, spent = out / f"{which}.state", 0, 0.
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        network.load_state_dict(saved["network"])
+        average.load_state_dict(saved["average"])
+        optimiser.load_state_dict(saved["optimiser"])
+        torch.set_rng_state(saved["rng"])
+        start, spent = saved["step"], saved["seconds"]
+    began = last = time.time()
+    bf16 = torch.cpu._is_avx512_bf16_supported()             # twice as fast where the processor has it
+    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=which, mininterval=5)
+    for step in bar:
+        batch = source.batch(recipe.batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(network, batch)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.lr * learning_rate(step, recipe)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.)
+        optimiser.step()
+        decay = min(recipe.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            with open(out / f"{which}.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
+        if time.time() - last > 60 or step == recipe.steps - 1:
+            last = time.time()
+            seconds = spent + last - began
+            partial = state.with_suffix(".part")
+            torch.save({"network": network.state_dict(), "average": average.state_dict(), "step": step + 1,
+                        "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(), "seconds": seconds}, partial)
+            partial.replace(state)
+            models.save(average, out / f"{which}.safetensors", steps=step + 1, minutes=round(seconds / 60, 1),
+                        batch=recipe.batch, threads=torch.get_num_threads(), **facts)
+    return average
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned 32x32 images")
+    parser.add_argument("--only", choices=list(RECIPES), help="make one network instead of all three")
+    parser.add_argument("--steps", type=int, help="steps of each network (default: its recipe)")
+    parser.add_argument("--target", default="flow", choices=["eps", "x0", "v", "flow"], help="what the denoiser predicts")
+    parser.add_argument("--out", help="folder for states, logs and weights (default: weights/DATA)")
+    arguments = parser.parse_args()
+    try:
+        source = data.build(arguments.data)
+    except (ValueError, OSError) as error:
+        sys.exit(parser.exit(2, f"{error}\n"))
+    out = Path(arguments.out or models.WEIGHTS / Path(arguments.data).name)
+    out.mkdir(parents=True, exist_ok=True)
+    for which, recipes in RECIPES.items():
+        if arguments.only in (None, which):
+            recipe = deepcopy(recipes.get(source.name, recipes["fashion"]))
+            recipe.steps = arguments.steps or recipe.steps
+            fit(which, source, recipe, out, arguments.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The ADT algorithm: what starts where, who gets which gradient, and that the adversary alone can teach."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import adt
+import data
+import discriminator
+import models
+
+
+@pytest.fixture(scope="module")
+def world(glyphs):
+    torch.manual_seed(0)
+    model = models.build("tiny", "glyphs")
+    critic = discriminator.build("similarity", discriminator.Features(models.features("glyphs")), 128)
+    return model, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
+
+
+def clear(*modules):
+    for module in modules:
+        for p in module.parameters():
+            p.grad = None
+
+
+@pytest.mark.equation("ADT L_G")
+@pytest.mark.parametrize("variant", ["similarity", "twin", "difference", "projected"])
+def test_after_the_generator_half_only_the_network_holds_gradients(world, variant):
+    model, critic, batch = world
+    critic = discriminator.build(variant, critic.features, 128).requires_grad_(False)
+    clear(model, critic)
+    terms, fake, _ = adt.generator_loss(model, critic, batch, adt.Config(path_steps=4, variant=variant))
+    sum(terms.values()).backward()
+    assert fake.shape == batch.image.shape and set(terms) == {"diff", "adv"}
+    assert all(p.grad is None for p in critic.parameters())
+    assert all(p.grad is None for p in model.text.parameters())
+    assert all(p.grad is not None for p in model.network.parameters())
+
+
+@pytest.mark.equation("ADT L_D")
+def test_after_the_discriminator_half_only_the_heads_hold_gradients(world):
+    model, critic, batch = world
+    config = adt.Config(path_steps=4)
+    critic.requires_grad_(False)
+    _, fake, cond = adt.generator_loss(model, critic, batch, config)
+    clear(model, critic)
+    critic.requires_grad_(True)
+    loss, real, made = adt.discriminator_loss(critic, batch, fake, cond, config)
+    loss.backward()
+    assert real.shape == made.shape
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is None for p in critic.features.parameters())
+    assert all(p.grad is not None for n, p in critic.named_parameters() if not n.startswith("features"))
+
+
+@pytest.mark.equation("ADT L_G")
+def test_the_adversarial_term_alone_reaches_every_tensor_of_the_network(world):
+    model, critic, batch = world
+    model = deepcopy(model)
+    for p in model.network.parameters():                     # a zero-initialised layer would hide a dead path
+        torch.nn.init.normal_(p, std=.05)
+    critic.requires_grad_(False)
+    terms, _, _ = adt.generator_loss(model, critic, batch, adt.Config(path_steps=3))
+    terms["adv"].backward()
+    silent = [n for n, p in model.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.equation("ADT start")
+def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, monkeypatch):
+    """What the sampler is handed, recorded: its first time is uniform over the path's steps, its input is
+    alpha x_0 + sigma eps of the real picture, and from the last row nothing of the picture is left."""
+    model, seen = toy(), []
+    def record(model, x, times, *rest):
+        seen.append((x, times))
+        return x
+    monkeypatch.setattr(adt.sampler, "rollout", record)
+    real = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
+    cond = model.condition(["a"])
+    for _ in range(400):
+        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5))
+    counts = torch.bincount(torch.tensor([len(times) for _, times in seen]), minlength=6)[1:]
+    assert counts.min() > 50 and counts.max() < 115          # 80 expected, five standard deviations either way
+    for x, times in seen[:40]:
+        alpha, sigma = model.at(times[:1])
+        assert abs(x.mean() - 3 * alpha) < 6 * sigma / 64 / 2 ** .5 + 1e-9
+        assert abs(x.std() - sigma) < .05
+    seen.clear()
+    for _ in range(10):
+        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="text"))
+    assert all(len(times) == 5 and abs(x.mean()) < .08 for x, times in seen)
+
+
+def test_lambda_zero_is_plain_diffusion_training(world):
+    model, critic, batch = world
+    terms, fake, _ = adt.generator_loss(model, critic, batch, adt.Config(lambda_adv=0.))
+    assert set(terms) == {"diff"} and fake is None
+
+
+def test_the_real_pair_differs_and_shares_its_geometry(world, monkeypatch):
+    """D(x_0, x_0') must see two augmentations of one picture, D(x_0, x0_hat) the picture beside the made one."""
+    _, critic, batch = world
+    pairs = []
+    monkeypatch.setattr(critic, "forward", lambda a, b, text: (pairs.append((a, b)), a.mean((1, 2, 3))[:, None])[1])
+    fake = torch.zeros_like(batch.image)
+    adt.discriminator_loss(critic, batch, fake, {"pooled": torch.zeros(4, 128)}, adt.Config())
+    (x, x_again), (y, made) = pairs
+    assert (x - x_again).abs().amax((1, 2, 3)).min() > 1e-3
+    flat = made - made.flatten(2).amax(-1)[..., None, None]
+    assert x.shape == y.shape == made.shape and flat.abs().mean() < 1.5       # the fake stays featureless
+    pairs.clear()
+    adt.discriminator_loss(critic, batch, fake, {"pooled": torch.zeros(4, 128)}, adt.Config(augment=0.))
+    assert torch.equal(*pairs[0]) and torch.equal(pairs[1][1], fake)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_batches_of_any_size_work(world, n):
+    model, critic, batch = world
+    small = data.Batch(batch.image[:n], batch.caption[:n], batch.truth[:n], batch.named[:n])
+    terms, fake, cond = adt.generator_loss(model, critic, small, adt.Config(path_steps=2, guidance=2.))
+    loss, _, _ = adt.discriminator_loss(critic, small, fake, cond, adt.Config())
+    assert all(v.isfinite() for v in (*terms.values(), loss))

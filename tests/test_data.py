@@ -1,0 +1,151 @@
+"""Pictures and captions: what the data promise, they keep."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+
+
+def g(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_world_is_as_rich_as_promised(glyphs):
+    letters = [s for s in glyphs.shapes if s.split()[0] in ("letter", "digit", "capital")]
+    assert len(letters) == 62 and len(glyphs.shapes) - 62 >= 150 and len(set(glyphs.shapes)) == len(glyphs.shapes)
+    assert len(glyphs.attributes["family"]) >= 3 and len(data.COLOURS) >= 8
+    assert {tuple(v) for v in glyphs.variants[:, 2:].tolist()} >= {(0, 0), (1, 0), (0, 1), (1, 1)}
+
+
+def test_the_same_seed_draws_the_same_pictures(glyphs):
+    one, two, other = glyphs.batch(8, g()), glyphs.batch(8, g()), glyphs.batch(8, g(1))
+    assert torch.equal(one.image, two.image) and one.caption == two.caption
+    assert not torch.equal(one.image, other.image)
+
+
+def test_pictures_are_antialiased_jittered_and_in_range(glyphs):
+    image = glyphs.batch(256, g()).image
+    assert image.shape == (256, 3, 32, 32) and image.min() >= -1 and image.max() <= 1
+    variant, ink, ground = (torch.full((9,), v) for v in (3, 1, 0))
+    drawn = glyphs.draw(variant, ink, ground, g())
+    assert (drawn[0] - drawn[1]).abs().mean() > .01          # no two drawings of one glyph agree
+    cover = (drawn.mean(1) + .95) / 1.9
+    assert ((cover > .2) & (cover < .8)).float().mean() > .02                 # soft edges exist
+
+
+def test_held_out_compositions_are_never_seen_in_training(glyphs):
+    pairs = {split: {tuple(p) for p in glyphs.batch(30000, g(), split).truth[:, :2].tolist()}
+             for split in ("train", "test", "held_out")}
+    assert not pairs["held_out"] & (pairs["train"] | pairs["test"])
+    assert len(pairs["held_out"]) == len(glyphs.shapes)      # one ink per shape
+    assert {s for s, _ in pairs["train"]} == set(range(len(glyphs.shapes))) and {i for _, i in pairs["train"]} == set(range(8))
+    with pytest.raises(ValueError, match="held_out"):
+        glyphs.batch(1, g(), "validation")
+
+
+def test_captions_say_what_is_there_and_no_more(glyphs):
+    batch = glyphs.batch(400, g())
+    for text, truth, named in zip(batch.caption, batch.truth.tolist(), batch.named.tolist()):
+        for column, key in enumerate(("ink", "ground", "family"), 1):
+            word = glyphs.attributes[key][truth[column]]
+            assert (f" {word}" in text) or not named[column]
+        assert ("bold" in text) == named[4] and ("italic" in text) == named[5]
+        assert glyphs.shapes[truth[0]] in text and set(text.split()) <= set(glyphs.words)
+        assert (" on " in text) == named[2]
+    assert 0 < (~batch.named[:, 1]).float().mean() < .5      # some captions forget the ink
+
+
+def test_ink_never_hides_on_its_own_colour(glyphs):
+    for split in ("train", "held_out"):
+        truth = glyphs.batch(2000, g(), split).truth
+        assert (truth[:, 1] != truth[:, 2]).all()
+
+
+def test_rendering_is_no_bottleneck(glyphs):
+    """A training step of 32 pictures takes 0.2 s at the very least; drawing them must be a small part of that."""
+    glyphs.batch(32)
+    began = time.perf_counter()
+    for _ in range(10):
+        glyphs.batch(32)
+    assert (time.perf_counter() - began) / 10 < .05
+
+
+def test_fashion_is_fashion_mnist():
+    fashion = data.build("fashion")
+    batch = fashion.batch(500, g(), "test")
+    assert batch.image.shape == (500, 3, 32, 32) and len(fashion.labels["train"]) == 60000
+    assert torch.equal(batch.image[:, 0], batch.image[:, 2]) and batch.image[:, :, :2].max() == -1
+    assert torch.bincount(fashion.labels["test"]).tolist() == [1000] * 10
+    assert "a photo of an ankle boot" in batch.caption
+
+
+def test_fashion_missing_says_all_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(data.FASHION_MD5, "train-images-idx3-ubyte", "no such sum")
+    monkeypatch.setattr(data, "FASHION_HOME", "http://127.0.0.1:9/")
+    with pytest.raises(FileNotFoundError, match="apt install.*download failed.*put the four"):
+        data.fashion_file("train-images-idx3-ubyte")
+
+
+# ------------------------------------------------------------------------------------------------ your folder
+
+def folder(path, n=3, table=True):
+    path.mkdir(exist_ok=True)
+    rows = []
+    for i in range(n):
+        Image.new("RGB", (40 + i, 60), (80 * i, 10, 200)).save(path / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a picture {i}"}))
+        if not table:
+            (path / f"{i}.txt").write_text(f"a picture {i}\n")
+    if table:
+        (path / "metadata.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_both_conventions_of_a_folder(tmp_path, table):
+    source = data.build(str(folder(tmp_path / "mine", table=table)))
+    batch = source.batch(64, g())
+    assert batch.image.shape == (64, 3, 32, 32) and set(batch.caption) == {"a picture 0", "a picture 1", "a picture 2"}
+    assert source.name == "mine"
+    for image, text in zip(batch.image, batch.caption):      # the right caption stays with the right picture
+        assert abs((image[0].mean() + 1) * 127.5 - 80 * int(text[-1])) < 1
+
+
+def test_bad_folders_each_get_a_sentence(tmp_path):
+    def complaint(path):
+        with pytest.raises((ValueError, OSError)) as caught:
+            data.build(str(path))
+        return str(caught.value)
+
+    assert "wanted glyphs, fashion, or a folder" in complaint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in complaint(tmp_path / "empty")
+    (folder(tmp_path / "silent", table=False) / "1.txt").unlink()
+    assert "no caption, first 1.png" in complaint(tmp_path / "silent")
+    (folder(tmp_path / "broken") / "2.png").write_bytes(b"this is no picture")
+    assert "2.png" in complaint(tmp_path / "broken")
+    (folder(tmp_path / "cut") / "2.png").write_bytes((tmp_path / "cut" / "2.png").read_bytes()[:60])
+    assert "2.png" in complaint(tmp_path / "cut")
+    (folder(tmp_path / "table") / "metadata.jsonl").write_text('{"file_name": "0.png"}')
+    assert "line 1" in complaint(tmp_path / "table")
+    (folder(tmp_path / "out") / "metadata.jsonl").write_text('{"file_name": "../broken/0.png", "text": "a"}')
+    assert "outside" in complaint(tmp_path / "out")
+    (folder(tmp_path / "gone") / "0.png").unlink()
+    assert "0.png" in complaint(tmp_path / "gone")
+
+
+def test_contact_sheet_command(tmp_path):
+    for name in ("glyphs", "fashion"):
+        path = tmp_path / f"{name}.png"
+        done = subprocess.run([sys.executable, "data.py", "--show", name, "--out", path], cwd=ROOT, capture_output=True)
+        assert done.returncode == 0 and Image.open(path).size[0] > 1000
+    done = subprocess.run([sys.executable, "data.py", "--show", "cats"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no data set 'cats'" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,202 @@
+"""Losses, frozen eyes, light heads, and the augmentation between them and the picture."""
+
+import hashlib
+
+import pytest
+import torch
+
+import discriminator
+import losses
+import models
+
+
+@pytest.fixture(scope="module")
+def features():
+    return discriminator.Features(models.features("glyphs"))
+
+
+def fingerprint(module):
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in module.state_dict().values())).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+@pytest.mark.equation("ADT L_D")
+@pytest.mark.equation("ADD eq. 3")
+def test_hinge_is_flat_beyond_the_margin_and_one_inside():
+    """Gradient of each half by autograd: -1/n for an unconvinced real, +1/n for a convincing fake, else 0."""
+    logits = torch.tensor([[-3.], [0.5], [1.5]], requires_grad=True)
+    real = torch.autograd.grad(losses.hinge_real(logits), logits)[0].flatten() * 3
+    fake = torch.autograd.grad(losses.hinge_fake(logits), logits)[0].flatten() * 3
+    assert real.tolist() == [-1, -1, 0] and fake.tolist() == [0, 1, 1]
+    assert losses.hinge_real(torch.full((2, 5), 1.)) == 0 == losses.hinge_fake(torch.full((2, 5), -1.))
+
+
+@pytest.mark.equation("ADT L_D")
+def test_hinge_optimum_separates_by_the_margin():
+    """Where real and fake overlap fully, the best constant logit is anywhere in [-1, 1], with loss exactly 2."""
+    for d in (-1., -.3, 0., .8, 1.):
+        both = torch.full((4, 1), d)
+        assert abs(losses.hinge_real(both) + losses.hinge_fake(both) - 2) < 1e-6
+    for d in (-1.5, 1.5):
+        both = torch.full((4, 1), d)
+        assert losses.hinge_real(both) + losses.hinge_fake(both) > 2
+
+
+@pytest.mark.equation("ADT L_G")
+@pytest.mark.equation("ADD eq. 2")
+def test_generator_loss_never_saturates():
+    logits = torch.tensor([[-50.], [0.], [50.]], requires_grad=True)
+    assert torch.autograd.grad(losses.hinge_generator(logits), logits)[0].flatten().tolist() == pytest.approx([-1/3] * 3)
+
+
+@pytest.mark.equation("ADT L_diff")
+def test_diffusion_loss_is_zero_for_a_perfect_network_and_counts_every_element(toy, monkeypatch):
+    model = toy("v")
+    x0, eps = torch.randn(2, 4, 2, 4, 4, dtype=torch.float64)
+    t, cond = torch.tensor([0, 10, 500, 999]), model.condition(["a"] * 4)
+    target = model.training_target(x0, eps, t)
+    monkeypatch.setattr(model, "output", lambda x, time, cond: target)
+    assert losses.diffusion_loss(model, x0, t, eps, cond) < 1e-12
+    monkeypatch.setattr(model, "output", lambda x, time, cond: target + 2)
+    assert losses.diffusion_loss(model, x0, t, eps, cond).item() == pytest.approx(4, rel=1e-5)
+
+
+@pytest.mark.equation("ADT similarity")
+def test_cosine_is_blind_to_scale_and_symmetric():
+    a, b = torch.randn(2, 3, 7, 5)
+    assert torch.allclose(losses.cosine(a, b), losses.cosine(b, 3 * a), atol=1e-6)
+    assert torch.allclose(losses.cosine(a, a), torch.ones(3, 7), atol=1e-5)
+    assert torch.allclose(losses.cosine(a, -a), -torch.ones(3, 7), atol=1e-5)
+    assert losses.cosine(torch.zeros(1, 5), b[0, :1]).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["uniform", "lognormal"])
+def test_times_cover_the_line(how):
+    t = losses.sample_times(20000, 1000, how, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= 999
+    assert abs(t.float().mean() - 500) < 10                  # both laws are symmetric about the middle
+    middle = ((t > 250) & (t < 750)).float().mean()
+    assert abs(middle - .5) < .02 if how == "uniform" else middle > .65
+    with pytest.raises(ValueError, match="uniform or lognormal"):
+        losses.sample_times(1, 10, "gaussian")
+
+
+# --------------------------------------------------------------------------------------- frozen backbone
+
+def test_backbone_cannot_be_unfrozen(features):
+    before = fingerprint(features)
+    critic = discriminator.build("similarity", features, 128)
+    critic.train().requires_grad_(True)
+    assert not features.training and not features.backbone.training
+    assert all(not p.requires_grad for p in features.parameters())
+    optimiser = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad], lr=.1)
+    critic(torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)).mean().backward()
+    optimiser.step()
+    assert all(p.grad is None for p in features.parameters()) and fingerprint(features) == before
+
+
+def test_features_are_normalised_differentiable_tokens(features):
+    image = torch.randn(2, 3, 32, 32, requires_grad=True)
+    tokens = features(image)
+    assert [tuple(t.shape) for t in tokens] == [(2, 64, 128)] * 4
+    assert tokens[2].mean(-1).abs().max() < 1e-4 and (tokens[2].std(-1) - 1).abs().max() < .05
+    assert torch.autograd.grad(tokens[-1].square().mean() + tokens[0][..., 0].mean(), image)[0].abs().sum() > 0
+
+
+# ---------------------------------------------------------------------------------------------- variants
+
+VARIANTS = ["similarity", "twin", "difference", "projected"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_scores_each_sample_alone(features, variant):
+    """Batch 1, odd batches, and a logit that does not depend on the other samples."""
+    torch.manual_seed(0)
+    critic = discriminator.build(variant, features, 16).eval()
+    x, y, text = torch.randn(5, 3, 32, 32), torch.randn(5, 3, 32, 32), torch.randn(5, 16)
+    together = critic(x, y, text)
+    assert together.shape[0] == 5 and together.isfinite().all()
+    torch.testing.assert_close(critic(x[2:3], y[2:3], text[2:3]), together[2:3], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.equation("ADT similarity")
+@pytest.mark.parametrize("variant", ["similarity", "difference"])
+def test_siamese_is_symmetric(features, variant):
+    torch.manual_seed(0)
+    critic = discriminator.build(variant, features, 16).eval()
+    x, y = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(critic(x, y), critic(y, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.equation("ADT similarity")
+def test_identical_pictures_are_as_similar_as_can_be(features):
+    critic = discriminator.build("similarity", features, 16).eval()
+    x, y = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(critic(x, x), torch.full((3, 4), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
+    assert (critic(x, y) < critic(x, x)).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_reaches_the_generated_picture_and_never_the_reference(features, variant):
+    """A frozen discriminator still teaches: its weights get nothing, the picture it is shown does."""
+    critic = discriminator.build(variant, features, 16).requires_grad_(False)
+    real, fake = (torch.randn(2, 3, 32, 32, requires_grad=True) for _ in range(2))
+    losses.hinge_generator(critic(real, fake, torch.randn(2, 16))).backward()
+    assert fake.grad.abs().sum() > 0 and real.grad is None
+    assert all(p.grad is None for p in critic.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_head_weight_learns(features, variant):
+    torch.manual_seed(0)
+    critic = discriminator.build(variant, features, 16).requires_grad_(True)
+    x, y, text = torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(3, 16)
+    (losses.hinge_real(critic(x, x + .1 * y, text)) + losses.hinge_fake(critic(x, y, text))).backward()
+    silent = [n for n, p in critic.named_parameters() if p.requires_grad and p.grad is None]
+    assert not silent
+
+
+def test_unknown_variant_is_a_sentence(features):
+    with pytest.raises(ValueError, match="wanted similarity, twin"):
+        discriminator.build("triplet", features, 16)
+
+
+def test_projection_reads_the_caption(features):
+    critic = discriminator.build("projected", features, 16)
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(critic(x, x, torch.ones(2, 16)), critic(x, x, -torch.ones(2, 16)))
+
+
+# ------------------------------------------------------------------------------------------ augmentation
+
+def test_augmentation_is_the_identity_at_strength_zero():
+    image = torch.rand(4, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(discriminator.augment(image, discriminator.geometry(4), 0.), image)
+
+
+def test_augmentation_is_differentiable_and_right():
+    image = (torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1).requires_grad_()
+    draw = discriminator.geometry(2).double()
+    def fixed(x):
+        torch.manual_seed(5)
+        return discriminator.augment(x.float(), draw.float(), 1.).double()
+    weight = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    slope = torch.autograd.grad((fixed(image) * weight).sum(), image)[0]
+    step = torch.randn_like(image)
+    finite = ((fixed(image + .01 * step) - fixed(image - .01 * step)) * weight).sum() / .02
+    assert finite.item() == pytest.approx((slope * step).sum().item(), rel=1e-3, abs=1e-3)
+
+
+def test_a_pair_shares_its_geometry_and_not_its_colours():
+    """One bright pixel each: it lands on the same place in both, in different colours."""
+    image = torch.full((16, 3, 32, 32), -1.)
+    image[:, :, 13:18, 13:18] = torch.tensor([1., 0., -1.]).view(3, 1, 1)
+    draw = discriminator.geometry(16)
+    one, two = (discriminator.augment(image, draw, 1., cutout=False) for _ in range(2))
+    def place(x):
+        return (x - x[:, :, :1, :1]).abs().sum(1) > 1e-3
+    assert torch.equal(place(one), place(two))
+    assert (place(one).flatten(1).sum(1) == 25).all()        # whole-pixel shifts: nothing is blurred
+    assert (one - two).abs().amax((1, 2, 3)).min() > 1e-3
+    assert len({tuple(p.nonzero()[0].tolist()) for p in place(one)}) > 5      # and the draws differ

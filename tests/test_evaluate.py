@@ -1,0 +1,90 @@
+"""Distances against closed forms, and the examiner against pictures whose quality is known."""
+
+import pytest
+import torch
+
+import evaluate
+
+
+def gaussian(n, mean, scale, seed):
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + mean
+
+
+def test_frechet_distance_of_gaussians_has_a_closed_form():
+    """Diagonal Gaussians: |mu - nu|^2 + sum (s - r)^2."""
+    mean, scale = torch.tensor([1., 0, -2, 3]), torch.tensor([1., 2, .5, 3])
+    found = evaluate.frechet(gaussian(200000, 0., 1., 0), gaussian(200000, mean, scale, 1))
+    assert found == pytest.approx(14 + (0 + 1 + .25 + 4), rel=.02)
+
+
+def test_frechet_distance_is_a_distance():
+    a, b = gaussian(500, 0., 1., 0), gaussian(500, .3, 1.4, 1)
+    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet(a, b) == pytest.approx(evaluate.frechet(b, a), rel=1e-6)
+    turn = torch.linalg.qr(gaussian(4, 0., 1., 2))[0]
+    assert evaluate.frechet(a @ turn, b @ turn) == pytest.approx(evaluate.frechet(a, b), rel=1e-6)
+
+
+def test_precision_and_recall_see_different_failures():
+    real = gaussian(600, 0., 1., 0)
+    narrow, wild = gaussian(600, 0., .2, 1), gaussian(600, 0., 5., 2)
+    assert evaluate.precision_recall(real, gaussian(600, 0., 1., 3))[0] > .7
+    precision, recall = evaluate.precision_recall(real, narrow)
+    assert precision > .95 and recall < .3                   # faithful but not diverse
+    precision, recall = evaluate.precision_recall(real, wild)
+    assert precision < .3 and recall > .8                    # diverse but not faithful
+
+
+@pytest.fixture(scope="module")
+def examiner(glyphs):
+    return evaluate.Examiner(glyphs, 400)
+
+
+def test_judge_reads_real_pictures(examiner):
+    assert examiner.floor["accuracy"] > .97
+    assert examiner.floor["precision"] > .5 and examiner.floor["recall"] > .5
+
+
+def test_examiner_tells_worse_from_better(examiner):
+    """The same pictures, spoiled more and more; captions of others; and one picture for all."""
+    images = examiner.asked.image
+    torch.manual_seed(0)
+    distances = [examiner.score((images + s * torch.randn_like(images)).clamp(-1, 1))["fd"] for s in (0, .1, .3, .8)]
+    assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
+    strangers = examiner.score(examiner.reference.image)
+    assert strangers["accuracy"] < .5 and strangers["fd"] < distances[0]
+    collapsed = examiner.score(images[:1].expand_as(images))
+    assert collapsed["recall"] < .05 and collapsed["fd"] > distances[2]
+
+
+def test_sampling_is_deterministic_and_independent_of_chunks(base):
+    captions = ["a red umbrella", "a snowman on blue", "a letter g"]
+    one = evaluate.sample(base, captions, 3, seed=4)
+    torch.testing.assert_close(evaluate.sample(base, captions, 3, seed=4, chunk=2), one, rtol=0, atol=.1)
+    assert not torch.allclose(evaluate.sample(base, captions, 3, seed=5), one)
+    assert one.shape == (3, 3, 32, 32) and one.abs().max() <= 1
+
+
+def test_gather_reports_mean_and_spread():
+    rows = evaluate.gather([("a", {"fd": 1., "steps": 4}), ("a", {"fd": 3., "steps": 4}), ("b", {"fd": 2., "steps": 4})])
+    assert rows == [("a, 2 seeds", {"fd": "2.000 ± 1.414", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
+
+
+def test_few_samples_are_refused(glyphs):
+    with pytest.raises(ValueError, match="200 samples"):
+        evaluate.Examiner(glyphs, 50)
+
+
+@pytest.mark.parametrize("arguments,sentence", [
+    (["nowhere"], "found nothing there"),
+    (["base"], "does not say which"),
+    (["base", "--data", "cats"], "cats"),
+    (["base", "--data", "glyphs", "--prompt", "a zebra"], "'zebra'"),
+    (["base", "--data", "glyphs", "--steps", "0", "--samples", "200"], "1 to 1000 steps"),
+    (["base", "--data", "fashion", "--split", "held_out"], "held_out"),
+])
+def test_bad_requests_get_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in error and "Traceback" not in error

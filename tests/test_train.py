@@ -1,0 +1,163 @@
+"""The command a user types: what it writes, that it goes on where it stopped, and what it says to bad input."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from test_data import folder
+
+import models
+import train
+
+QUICK = ["--set", "batch=2", "--set", "path_steps=2", "--set", "train_steps=1", "--samples", "0"]
+
+
+def go(out, *arguments):
+    train.main([*QUICK, "--out", str(out), *arguments])
+    return out
+
+
+@pytest.mark.parametrize("method,dataset", [("adt", "glyphs"), ("diffusion", "fashion")])
+def test_a_run_leaves_everything_a_reader_wants(tmp_path, method, dataset, capsys):
+    out = go(tmp_path / "run", "--method", method, "--data", dataset, "--steps", "3", "--samples", "200")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [0, 1, 2]
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["batch"][0] == 2 and config["config"]["lr"][1].startswith("ours")
+    for name in ("samples_000003.png", "curves.png", "before_after.png", "table.md", "checkpoint.pt"):
+        assert (out / name).stat().st_size > 0
+    result = json.loads((out / "result.json").read_text())
+    assert {"before", "after", "real pictures"} == set(result) and result["after"]["fd"] > 0
+    assert not list(out.glob("*.part*"))
+    again = models.build("tiny", dataset, out)
+    shipped = models.build("tiny", dataset)
+    moved = [not torch.equal(a, b) for a, b in zip(again.network.parameters(), shipped.network.parameters())]
+    assert sum(moved) > .8 * len(moved)
+    assert all(torch.equal(a, b) for a, b in zip(again.text.parameters(), shipped.text.parameters()))
+    assert "| after |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["adt", "diffusion"])
+def test_resume_is_bit_exact(tmp_path, method):
+    """6 steps at once = 3 steps, stop, 3 more: weights, optimisers, random numbers, log."""
+    whole = go(tmp_path / "whole", "--method", method, "--steps", "6")
+    parts = tmp_path / "parts"
+    loop = train.loop
+    def interrupted(run, out, facts, grid):
+        total, run.steps = run.steps, 3
+        steps_until = run.step
+        def step():
+            run.steps = total                                # the decay still aims at the whole length
+            seen = steps_until()
+            run.steps = 3
+            return seen
+        run.step = step
+        loop(run, out, facts, grid)
+    train.loop = interrupted
+    try:
+        go(parts, "--method", method, "--steps", "6")
+    finally:
+        train.loop = loop
+    assert len((parts / "log.jsonl").read_text().splitlines()) == 3
+    train.main(["--resume", str(parts), "--samples", "0"])
+    one, two = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (whole, parts))
+    def same(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+    assert same(one, two)
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in
+             (p / "log.jsonl").read_text().splitlines()] for p in (whole, parts)]
+    assert logs[0] == logs[1]
+
+
+def test_the_two_halves_leave_each_other_alone(glyphs):
+    """After a whole step: the critic's gradients come from its own half, the generator's from its own."""
+    plan, out, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=0", "--steps", "2"])[1])
+    frozen = {n: v.clone() for n, v in run.critic.features.state_dict().items()}
+    text = {n: v.clone() for n, v in run.model.text.state_dict().items()}
+    calls = []
+    critic_forward = run.critic.forward
+    def forward(*inputs):
+        calls.append((any(p.requires_grad for p in run.critic_weights), inputs[1].requires_grad))
+        return critic_forward(*inputs)
+    run.critic.forward = forward
+    run.step()
+    assert calls == [(False, True), (True, False), (True, False)]  # watches the picture; learns from data alone
+    assert all(torch.equal(v, frozen[n]) for n, v in run.critic.features.state_dict().items())
+    assert all(torch.equal(v, text[n]) for n, v in run.model.text.state_dict().items())
+
+
+def test_a_discriminator_in_warm_up_does_not_teach():
+    _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "2"])[1])
+    assert "adv" not in run.step() and "adv" in run.step()
+
+
+@pytest.mark.parametrize("arguments,sentence", [
+    (["--method", "gan"], "unknown method 'gan': wanted adt, diffusion"),
+    (["--model", "dalle"], "unknown model 'dalle'"),
+    (["--data", "cats"], "no data set 'cats'"),
+    (["--set", "lambda=1"], "wanted key=value with a key of path_steps"),
+    (["--set", "batch"], "wanted key=value"),
+    (["--set", "batch=many"], "batch is a int"),
+    (["--set", "variant=triplet"], "wanted similarity"),
+    (["--set", "pick=first"], "wanted even"),
+    (["--set", "start=middle"], "image or text"),
+    (["--set", "times=sometimes"], "uniform or lognormal"),
+    (["--set", "path_steps=0"], "1 to 1000"),
+    (["--set", "batch=0"], "batch"),
+    (["--steps", "0"], "at least one step"),
+    (["--samples", "10"], "200 samples"),
+    (["--weights", "nowhere"], "no such file"),
+    (["--resume", "nowhere"], "wanted a run folder"),
+])
+def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path / "run"), *arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in error and error.count("\n") <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_without_being_told(tmp_path, capsys):
+    out = go(tmp_path / "run", "--steps", "1")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        go(out, "--steps", "1")
+    assert stop.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    go(out, "--steps", "2", "--overwrite")
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_words_the_model_does_not_know_stop_a_run_before_it_starts(tmp_path, capsys):
+    mine = folder(tmp_path / "glyphs")                       # captions say 'picture', the shipped glyphs model cannot
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", str(mine), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "'picture'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_own_folder_from_nothing_to_a_tuned_model(tmp_path):
+    """pretrain.py makes the three networks for a folder, train.py tunes them."""
+    import pretrain
+    import sys
+    mine, weights = folder(tmp_path / "mine"), tmp_path / "weights"
+    argv, sys.argv = sys.argv, ["pretrain.py", "--data", str(mine), "--steps", "2", "--out", str(weights)]
+    try:
+        pretrain.main()
+    finally:
+        sys.argv = argv
+    go(tmp_path / "run", "--data", str(mine), "--weights", str(weights), "--steps", "1", "--samples", "200")
+    assert (tmp_path / "run" / "before_after.png").exists()
+
+
+def test_settings_of_a_resumed_run_are_its_own(tmp_path):
+    out = go(tmp_path / "run", "--steps", "1", "--seed", "3")
+    train.main(["--resume", str(out), "--steps", "2", "--samples", "0"])
+    plan = json.loads((out / "config.json").read_text())
+    assert plan["seed"] == 3 and plan["steps"] == 2 and plan["config"]["batch"][0] == 2
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["done"] == 2
+    assert (ROOT / "weights").is_dir()

@@ -1,0 +1,264 @@
+"""The one loop.   python train.py --method adt        (ten minutes on two cores, nothing to download)
+
+Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns while
+the generator's picture is only data. Everything that differs between methods is in adt.py and add.py; everything
+that differs between models is in models.py; this file does not know which it runs.    Read next: evaluate.py
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import typing
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import adt
+import data
+import discriminator
+import evaluate
+import models
+
+METHODS = {"adt": (adt, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
+STEPS = 300                                                  # default length of a run
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+def settle(method, changes):
+    """Config of the method with `key=value` changes applied; an unknown key or a wrong type is a sentence."""
+    module, preset = METHODS[method]
+    config = module.Config(**preset)
+    kinds = typing.get_type_hints(module.Config)
+    for change in changes:
+        key, found, value = change.partition("=")
+        if not found or key not in kinds:
+            raise ValueError(f"--set {change}: wanted key=value with a key of {', '.join(kinds)}")
+        try:
+            setattr(config, key, kinds[key](value))
+        except ValueError:
+            raise ValueError(f"--set {change}: {key} is a {kinds[key].__name__}") from None
+    return config
+
+
+def provenance(config):
+    """{field: [value, 'source: what it is']} for config.json."""
+    notes = typing.get_type_hints(type(config), include_extras=True)
+    return {k: [v, notes[k].__metadata__[0]] for k, v in dataclasses.asdict(config).items()}
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+def gradient_norm(parameters, before=None):
+    """Norm of all gradients, less what was there `before` (so that each loss term gets its own figure)."""
+    now = [p.grad for p in parameters if p.grad is not None]
+    return float(torch.stack([(g - b if before else g).norm() for g, b in zip(now, before or now)]).norm())
+
+
+class Run:
+    """What a run owns; `step` is the algorithm."""
+
+    def __init__(self, model, critic, module, config, source, steps):
+        self.model, self.critic, self.module, self.config = model, critic, module, config
+        self.source, self.steps, self.done = source, steps, 0
+        self.average = deepcopy(model.network).requires_grad_(False)
+        self.weights = list(model.network.parameters())
+        self.critic_weights = [p for n, p in critic.named_parameters() if not n.startswith("features")]
+        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(.9, .999), weight_decay=0.)
+        self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99), weight_decay=0.)
+        self.bf16 = torch.cpu._is_avx512_bf16_supported()
+
+    def step(self):
+        """One step of both players -> figures for the log."""
+        config, seen = self.config, {}
+        batch = self.source.batch(config.batch)
+        for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
+
+        # the generator learns, the discriminator watches
+        self.critic.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            terms, fake, cond = self.module.generator_loss(self.model, self.critic, batch, config)
+        self.opt_g.zero_grad()
+        before = None
+        for name, term in terms.items():
+            if name == "adv" and self.done < config.warmup_d:
+                continue                                     # a discriminator that knows nothing teaches nothing
+            term.backward()
+            seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
+            before = [p.grad.clone() for p in self.weights if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(self.weights, config.clip)
+        self.opt_g.step()
+        decay = min(config.ema, (self.done + 1) / (self.done + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), self.weights, 1 - decay)
+
+        # the discriminator learns, the generator's picture is only data
+        if fake is not None:
+            self.critic.requires_grad_(True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                loss, real, made = self.module.discriminator_loss(self.critic, batch, fake, cond, config)
+            self.opt_d.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d)
+            self.opt_d.step()
+            seen |= {"D": loss.item(), "|grad D|": float(norm), "D right on real": (real > 0).float().mean().item(),
+                     "D right on fake": (made < 0).float().mean().item()}
+        self.done += 1
+        return seen
+
+    def state(self):
+        """Everything the next step depends on."""
+        return {"network": self.model.network.state_dict(), "average": self.average.state_dict(),
+                "critic": self.critic.state_dict(), "opt_g": self.opt_g.state_dict(),
+                "opt_d": self.opt_d.state_dict(), "rng": torch.get_rng_state(), "done": self.done}
+
+    def restore(self, state):
+        self.model.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.critic.load_state_dict(state["critic"])
+        self.opt_g.load_state_dict(state["opt_g"])
+        self.opt_d.load_state_dict(state["opt_d"])
+        torch.set_rng_state(state["rng"])
+        self.done = state["done"]
+
+    def result(self):
+        """The denoiser with the averaged weights: what is kept, shown and measured."""
+        model = deepcopy(self.model)
+        model.network.load_state_dict(self.average.state_dict())
+        return model.eval()
+
+
+def write(path, text):
+    """All or nothing: a reader never meets half a file."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def save(run, out, facts):
+    """One checkpoint with everything, and the result in the form `--weights` takes."""
+    partial = out / "checkpoint.part"
+    torch.save(run.state(), partial)
+    partial.replace(out / "checkpoint.pt")
+    models.save(run.result(), out / "denoiser.safetensors", steps=run.done, **facts)
+
+
+def loop(run, out, facts, grid, every=50):
+    """Steps until done: log every step, a picture from fixed noise every `every`, a checkpoint once a minute."""
+    log_path = out / "log.jsonl"
+    log = [json.loads(line) for line in log_path.read_text().splitlines()] if log_path.exists() else []
+    log = [row for row in log if row["step"] < run.done]     # what came after the checkpoint happens again
+    write(log_path, "".join(json.dumps(row) + "\n" for row in log))
+    began = last = time.time()
+    before = log[-1]["seconds"] if log else 0.
+    bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1)
+    with open(log_path, "a", buffering=1) as file:
+        for step in bar:
+            seen = run.step()
+            log.append({"step": step, **{k: float(f"{v:.5g}") for k, v in seen.items()},
+                        "seconds": round(before + time.time() - began, 2)})
+            file.write(json.dumps(log[-1]) + "\n")
+            bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D") if k in seen}, refresh=False)
+            if (step + 1) % every == 0 or step + 1 == run.steps:
+                evaluate.picture([(f"step {step + 1}", grid(run.result()))], out / f"samples_{step + 1:06d}.png")
+                evaluate.curves(log, out / "curves.png")
+            if time.time() - last > 60 or step + 1 == run.steps:
+                save(run, out, facts)
+                last = time.time()
+
+
+# --------------------------------------------------------------------------------------- before and after
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--method", default="adt", help=", ".join(METHODS))
+    parser.add_argument("--model", default="tiny", help="tiny")
+    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
+    parser.add_argument("--weights", help="start from this file or folder (default: the shipped base)")
+    parser.add_argument("--steps", type=int, help=f"length of the whole run, also on resume (default {STEPS})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="run folder (default runs/METHOD-DATA-SEED)")
+    parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any field of the Config")
+    parser.add_argument("--samples", type=int, default=2000, help="pictures per row of the final table; 0: no table")
+    return parser, parser.parse_args(argv)
+
+
+def prepare(arguments):
+    """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
+    if arguments.resume:
+        out = Path(arguments.resume)
+        if not (out / "checkpoint.pt").is_file():
+            raise FileNotFoundError(f"--resume {out}: wanted a run folder with checkpoint.pt, found none")
+        plan = json.loads((out / "config.json").read_text())
+        plan["steps"] = arguments.steps or plan["steps"]
+    else:
+        plan = {"method": arguments.method, "model": arguments.model, "data": arguments.data,
+                "weights": arguments.weights, "seed": arguments.seed, "steps": arguments.steps or STEPS,
+                "set": arguments.set}
+        out = Path(arguments.out or f"runs/{plan['method']}-{Path(plan['data']).name}-{plan['seed']}")
+    if plan["method"] not in METHODS:
+        raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
+    if plan["steps"] < 1:
+        raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
+    if not arguments.resume and not arguments.overwrite and (out / "config.json").exists():
+        raise ValueError(f"{out} already holds a run: --resume {out} continues it, --overwrite replaces it, "
+                         "--out names another folder")
+    config = settle(plan["method"], plan["set"])
+    source = data.build(plan["data"])
+    model = models.build(plan["model"], source.name, plan["weights"])
+    model.condition(source.words)                            # every word the data can say must be known
+    torch.manual_seed(plan["seed"])
+    features = discriminator.Features(models.features(source.name, plan["weights"]))
+    with torch.no_grad():
+        text_width = model.condition([""])["pooled"].shape[1]
+    critic = discriminator.build(config.variant, features, text_width)
+    examiner = evaluate.Examiner(source, arguments.samples, weights=plan["weights"]) if arguments.samples else None
+    return plan, out, Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"]), examiner
+
+
+def report(base, run, examiner, out, captions):
+    """The before/after table and picture."""
+    after, steps, guidance = run.result(), run.config.path_steps, run.config.guidance
+    rows = [(name, examiner.measure(model, steps, guidance)) for name, model in (("before", base), ("after", after))]
+    rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
+    write(out / "result.json", json.dumps(dict(rows), indent=1))
+    text = evaluate.table(rows)
+    write(out / "table.md", text + "\n")
+    shown = [(f"{name}, {steps} steps", evaluate.sample(model, captions, steps, guidance, seed=1))
+             for name, model in (("before", base), ("after", after))]
+    evaluate.picture(shown, out / "before_after.png", captions)
+    print(f"\n{text}\n\nwrote {out}/before_after.png, table.md, curves.png, denoiser.safetensors")
+
+
+def main(argv=None):
+    parser, arguments = parse(argv)
+    try:
+        plan, out, run, examiner = prepare(arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"train.py: {error}\n")
+    out.mkdir(parents=True, exist_ok=True)
+    base = deepcopy(run.model).eval()
+    captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
+    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name}
+    if arguments.resume:
+        run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
+    else:
+        for old in [out / "checkpoint.pt", out / "log.jsonl", *out.glob("samples_*.png")]:
+            old.unlink(missing_ok=True)
+    write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
+    print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
+    loop(run, out, facts, lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
+    if examiner:
+        report(base, run, examiner, out, captions)
+
+
+if __name__ == "__main__":
+    main()
