@@ -1,14 +1,14 @@
 """ADT, Adversarial Diffusion Tuning (Shen et al. 2025, arXiv 2504.11423): practise the way you will perform.
 
-A diffusion model is trained on noised true pictures but used on its own half-finished ones. ADT closes the gap:
-noise a real picture part of the way, let the sampler finish the job, and ask a siamese discriminator whether the
-result and the real picture belong together. The old diffusion loss stays, so that the discriminator cannot be
-hacked; gradients stay small and cheap because they flow along the path, never through the network's inputs.
+A diffusion model is trained on noised true pictures but used on its own half-finished ones. ADT closes the
+gap: noise a real picture part of the way, let the sampler finish the job, and ask a siamese discriminator
+whether the result and the real picture belong together. The old diffusion loss stays, so that the
+discriminator cannot be hacked; gradients stay small and cheap because they flow along the path, never
+through the network's inputs.
 
-    L_G = L_diff + lambda_adv * ( -D(x_0, x0_hat) )          L_D = relu(1 - D(x_0, x_0')) + relu(1 + D(x_0, x0_hat))
+    L_G = L_diff + lambda_adv * ( -D(x_0, x0_hat) )    L_D = relu(1 - D(x_0, x_0')) + relu(1 + D(x_0, x0_hat))
 
-Same three names as add.py: Config, generator_loss, discriminator_loss.                Read next: train.py
-"""
+Same three names as add.py: Config, generator_loss, discriminator_loss.                Read next: train.py"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -27,7 +27,8 @@ class Config:
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
     train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 3
     pick: Annotated[str, "secondary: which ones: even (random offset), last, random, all"] = "even"
-    start: Annotated[str, "paper: image = from a noised real picture, text = always from pure noise"] = "image"
+    start: Annotated[
+        str, "paper: image = from a noised real picture, text = always from pure noise"] = "image"
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "paper: gradient let through the network's input, 0 = none"] = 0.0
     # the losses
@@ -45,7 +46,8 @@ class Config:
     clip: Annotated[float, "ours: largest gradient norm, generator"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps in which only the discriminator learns the adversarial game"] = 10
+    warmup_d: Annotated[
+        int, "ours: first steps in which only the discriminator learns the adversarial game"] = 10
 
 
 def simulate(model, x0, cond, uncond, config):
@@ -83,8 +85,8 @@ def generator_loss(model, critic, batch, config):
 
 
 def discriminator_loss(critic, batch, fake, cond, config):
-    """-> L_D and its two logits. The real pair is one picture twice, augmented apart; the fake pair holds the real
-    picture and what the model made of it."""
+    """-> L_D and its two logits. The real pair is one picture twice, augmented apart; the fake pair holds the
+    real picture and what the model made of it."""
     real = critic(*pair(batch.image, batch.image, config.augment), cond["pooled"])      # D(x_0, x_0')
     made = critic(*pair(batch.image, fake.detach(), config.augment), cond["pooled"])    # D(x_0, sg[x0_hat])
     return losses.hinge_real(real) + losses.hinge_fake(made), real, made                # ADT L_D

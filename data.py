@@ -1,10 +1,11 @@
-"""Where pictures and captions come from: `glyphs` (drawn on the fly), `fashion` (photographs), or your own folder.
+"""Where pictures and captions come from:
+`glyphs` (drawn on the fly), `fashion` (photographs), or your own folder.
 
-A source is anything with `attributes`, `words` and `batch(n, generator, split)`; a batch is pictures in [-1, 1]
-and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of letters,
-digits and pictograms from the fonts matplotlib carries, so nothing is downloaded and the supply never ends.
-Captions forget attributes at random, as real captions do. Every shape has one ink colour it is never seen in
-during training: those (shape, ink) pairs are the `held_out` compositions.
+A source is anything with `attributes`, `words` and `batch(n, generator, split)`; a batch is pictures in
+[-1, 1] and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of
+letters, digits and pictograms from the fonts matplotlib carries, so nothing is downloaded and the supply
+never ends. Captions forget attributes at random, as real captions do. Every shape has one ink colour it is
+never seen in during training: those (shape, ink) pairs are the `held_out` compositions.
 
 Look at them:  python data.py --show glyphs          Read next: models.py
 """
@@ -30,8 +31,8 @@ SIZE = 32                                                    # pixels, both side
 
 @dataclass
 class Batch:
-    """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has none ·
-    named (B, A) bool: the caption says so. Only named attributes can be asked of a model."""
+    """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has
+    none · named (B, A) bool: the caption says so. Only named attributes can be asked of a model."""
     image: torch.Tensor
     caption: list
     truth: torch.Tensor
@@ -43,8 +44,9 @@ class Batch:
 
 # ------------------------------------------------------------------------------------------------ glyphs
 
-COLOURS = {"black": (.04, .04, .06), "white": (.97, .97, .95), "red": (.86, .10, .12), "orange": (.98, .55, .08),
-           "yellow": (.99, .88, .20), "green": (.08, .58, .22), "blue": (.10, .30, .86), "purple": (.55, .14, .66)}
+COLOURS = {"black": (.04, .04, .06), "white": (.97, .97, .95), "red": (.86, .10, .12),
+           "orange": (.98, .55, .08), "yellow": (.99, .88, .20), "green": (.08, .58, .22),
+           "blue": (.10, .30, .86), "purple": (.55, .14, .66)}
 FAMILIES = {  # family -> the four styles: regular, bold, italic, bold italic
     "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
@@ -69,8 +71,8 @@ def shape_name(character):
 
 
 def mask(font, character, px=64):
-    """The glyph as a (px, px) coverage mask in [0, 1]. Letters keep their font size, so 'c' is not 'C'; pictograms
-    are scaled to fill. Drawn four times too large, then averaged: that is the anti-aliasing."""
+    """The glyph as a (px, px) coverage mask in [0, 1]. Letters keep their font size, so 'c' is not 'C';
+    pictograms are scaled to fill. Drawn four times too large, then averaged: that is the anti-aliasing."""
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font, LoadFlags
     face = FT2Font(f"{get_data_path()}/fonts/ttf/{font}.ttf")
@@ -89,15 +91,17 @@ def mask(font, character, px=64):
 
 
 class Glyphs:
-    """Endless captioned pictures with exactly known attributes; a held-out split by (shape, ink) composition."""
+    """Endless captioned pictures with exactly known attributes;
+    a held-out split by (shape, ink) composition."""
     name = "glyphs"
 
     def __init__(self):
         characters = LETTERS + PICTOGRAMS
         self.shapes = [shape_name(c) for c in characters]
         self.attributes = {"shape": self.shapes, "ink": list(COLOURS), "ground": list(COLOURS),
-                           "family": list(FAMILIES), "weight": ["regular", "bold"], "slant": ["upright", "italic"]}
-        self.masks, self.variants = [], []                   # variant: (shape, family, bold, italic), -1 = has none
+                           "family": list(FAMILIES), "weight": ["regular", "bold"],
+                           "slant": ["upright", "italic"]}
+        self.masks, self.variants = [], []             # variant: (shape, family, bold, italic), -1 = has none
         for shape, c in enumerate(characters):
             cuts = [(f, i, font) for f, fonts in enumerate(FAMILIES.values()) for i, font in enumerate(fonts)]
             for family, i, font in cuts if c.isascii() else [(-1, -1, "DejaVuSans")]:
@@ -112,7 +116,8 @@ class Glyphs:
         self.words = sorted({w for text in captions for w in text.split()})
 
     def batch(self, n, generator=None, split="train"):
-        """n fresh pictures. split 'train' and 'test' share compositions, never pictures; 'held_out' has the others."""
+        """n fresh pictures. split 'train' and 'test' share compositions, never pictures;
+        'held_out' has the others."""
         check_split(split, ("train", "test", "held_out"))
         variant = torch.multinomial(self.weight, n, replacement=True, generator=generator)
         shape, family, bold, italic = self.variants[variant].T
@@ -126,10 +131,12 @@ class Glyphs:
         named = keep & (truth >= 0)
         named[:, 4:] &= truth[:, 4:] > 0                     # nobody writes 'regular' or 'upright'
         image = self.draw(variant, ink, ground, generator)
-        return Batch(image, [self.caption(t, k) for t, k in zip(truth.tolist(), named.tolist())], truth, named)
+        return Batch(image, [self.caption(t, k) for t, k in zip(truth.tolist(), named.tolist())],
+                     truth, named)
 
     def draw(self, variant, ink, ground, generator=None):
-        """Jitter the masks (shift, turn, scale), average 2x2, paint: (n,) indices -> (n, 3, 32, 32) in [-1, 1]."""
+        """Jitter the masks (shift, turn, scale), average 2x2, paint:
+        (n,) indices -> (n, 3, 32, 32) in [-1, 1]."""
         n = len(variant)
         u = torch.rand(n, 4, generator=generator) * 2 - 1
         angle, scale = u[:, 0] * .09, 1 + u[:, 1] * .07                       # +-5 degrees, +-7 %
@@ -140,7 +147,8 @@ class Glyphs:
         masks = F.grid_sample(self.masks[variant, None] / 255., grid, align_corners=False)
         cover = F.avg_pool2d(masks, 2)                                        # (n, 1, 32, 32)
         wobble = torch.randn(2, n, 3, generator=generator) * .025             # no two reds are the same
-        ink, ground = ((self.palette[i] + w).clamp(0, 1)[:, :, None, None] for i, w in zip((ink, ground), wobble))
+        ink, ground = ((self.palette[i] + w).clamp(0, 1)[:, :, None, None]
+                       for i, w in zip((ink, ground), wobble))
         return (ink * cover + ground * (1 - cover)) * 2 - 1
 
     def caption(self, truth, named):
@@ -196,7 +204,8 @@ def fashion_file(name):
     except (OSError, EOFError, zlib.error) as error:
         raise FileNotFoundError(
             f"Fashion-MNIST not found: no good {name}.gz in {cache}, none from Debian's package (apt install "
-            f"dataset-fashion-mnist), and the download failed ({error}); put the four .gz files in {cache}") from None
+            f"dataset-fashion-mnist), and the download failed ({error}); "
+            f"put the four .gz files in {cache}") from None
     cache.mkdir(parents=True, exist_ok=True)
     partial = cache / f"{name}.part"
     partial.write_bytes(packed)
@@ -227,7 +236,8 @@ class Fashion:
         image = self.images[split][rows, None].float() / 127.5 - 1
         label = self.labels[split][rows]
         caption = [f"a photo of {article(FASHION[k])}" for k in label.tolist()]
-        return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None], torch.ones(len(label), 1, dtype=torch.bool))
+        return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None],
+                     torch.ones(len(label), 1, dtype=torch.bool))
 
 
 # ------------------------------------------------------------------------------------------ your own folder
@@ -242,9 +252,10 @@ class Folder:
         self.name = folder.resolve().name
         pairs = self.listing(folder)
         if not pairs:
-            raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, or a .txt beside each")
+            raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, "
+                             "or a .txt beside each")
         self.captions = [text for _, text in pairs]
-        self.images = torch.stack([self.load(path, size) for path, _ in pairs])            # (N, 3, size, size)
+        self.images = torch.stack([self.load(path, size) for path, _ in pairs])           # (N, 3, size, size)
         self.words = sorted({w for text in self.captions for w in text.lower().split()})
         self.attributes = {"caption": sorted(set(self.captions))}
         index = {text: i for i, text in enumerate(self.attributes["caption"])}
@@ -261,7 +272,8 @@ class Folder:
                     row = json.loads(line)
                     path, text = folder / row["file_name"], row["text"]
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{table} line {number}: wanted a JSON object with file_name and text") from None
+                    raise ValueError(f"{table} line {number}: wanted a JSON object "
+                                     "with file_name and text") from None
                 if not path.resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{table} line {number}: {row['file_name']} points outside {folder}")
                 pairs.append((path, text))
@@ -270,8 +282,8 @@ class Folder:
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
         silent = [p.name for p in paths if not p.with_suffix(".txt").is_file()]
         if silent:
-            raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: write one in "
-                             f"{Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
+            raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
+                             f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
         return [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
 
     @staticmethod
@@ -292,11 +304,13 @@ class Folder:
 
 
 def build(name):
-    """'glyphs', 'fashion', or a path -> a source. Raises ValueError or FileNotFoundError with a sentence to show."""
+    """'glyphs', 'fashion', or a path -> a source.
+    Raises ValueError or FileNotFoundError with a sentence to show."""
     if name in ("glyphs", "fashion"):
         return Glyphs() if name == "glyphs" else Fashion()
     if not Path(name).is_dir():
-        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, or a folder of captioned images")
+        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, "
+                                "or a folder of captioned images")
     return Folder(name)
 
 

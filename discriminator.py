@@ -1,11 +1,13 @@
-"""Discriminators: a frozen pretrained network that sees, and a few light heads that learn to judge what it saw.
+"""Discriminators: a frozen pretrained network that sees,
+and a few light heads that learn to judge what it saw.
 
-A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the eyes
-makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with the real one
-it was made from. ADD's is *projected*: it looks at one picture and asks whether it is real, given the caption.
+A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the
+eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with the
+real one it was made from. ADD's is *projected*: it looks at one picture and asks whether it is real, given
+the caption.
 
-Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture it
-is shown; the generator's gradient flows through it all the same.                  Read next: adt.py
+Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture
+it is shown; the generator's gradient flows through it all the same.               Read next: adt.py
 """
 
 import torch
@@ -35,8 +37,8 @@ class Features(nn.Module):
         return super().requires_grad_(False)
 
     def forward(self, image):
-        """(B, 3, H, W) -> one (B, N, D) per block: CLS is added to every patch token, then each token is brought
-        to zero mean and unit variance, so that heads on any block start from the same scale."""
+        """(B, 3, H, W) -> one (B, N, D) per block: CLS is added to every patch token, then each token is
+        brought to zero mean and unit variance, so that heads on any block start from the same scale."""
         tokens, cls = self.backbone(image)
         return [F.layer_norm((tokens[i] + cls[i][:, None]).float(), (self.width,)) for i in self.blocks]
 
@@ -62,9 +64,9 @@ class Siamese(nn.Module):
     """ADT's discriminator: one head per block, the same for both pictures. D(real, other) -> logits (B, L).
 
     The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
-      similarity   scale * cos(h(x), h(y)) + bias              one number per block, mean over tokens
-      twin         <g(x), h(y)>                                a second set of heads for the real side (SimSiam-like)
-      difference   head(|h(x) - h(y)|)                         the classic siamese network
+      similarity   scale * cos(h(x), h(y)) + bias       one number per block, mean over tokens
+      twin         <g(x), h(y)>                         a second set of heads for the real side (SimSiam-like)
+      difference   head(|h(x) - h(y)|)                  the classic siamese network
     """
 
     def __init__(self, features, variant="similarity", width=64):
@@ -85,7 +87,7 @@ class Siamese(nn.Module):
     def forward(self, real, other, text=None):
         """real, other (B, 3, H, W); text is not looked at -> (B, blocks)."""
         with torch.no_grad():
-            real = self.features(real)                       # the reference is data: no graph through the backbone
+            real = self.features(real)                  # the reference is data: no graph through the backbone
         other = self.features(other)
         logits = []
         for i, (x, y) in enumerate(zip(real, other)):        # (B, N, D) each
@@ -101,8 +103,8 @@ class Siamese(nn.Module):
 
 
 class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per block and token, <h(y), W c> / sqrt(width) with c the caption's vector.
-    It takes ADT's two pictures and looks at the second alone."""
+    """ADD's discriminator, unpaired: per block and token, <h(y), W c> / sqrt(width) with c the caption's
+    vector. It takes ADT's two pictures and looks at the second alone."""
 
     def __init__(self, features, text_width, width=64):
         super().__init__()
@@ -129,9 +131,11 @@ def geometry(n, device=None):
 
 
 def augment(image, draw, strength=1.0, cutout=True):
-    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020), differentiable; the identity at strength 0.
-    image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do not line
-    up; colours are drawn here, anew for every call, so that 'identical pixels' is not what makes a pair real."""
+    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020), differentiable;
+    the identity at strength 0.
+    image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do
+    not line up; colours are drawn here, anew for every call, so that 'identical pixels' is not what makes a
+    pair real."""
     n, _, h, w = image.shape
     u = (torch.rand(3, n, 1, 1, 1, device=image.device) * 2 - 1) * strength
     image = image + .4 * u[0]                                                 # brightness

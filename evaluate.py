@@ -1,8 +1,8 @@
 """How good is it, and compared to what? Samples, distances, prompt accuracy, tables and pictures.
 
-Never one number alone: the Fréchet distance (distribution) stands beside prompt accuracy (each picture), precision
-(fidelity) and recall (diversity), and beside what real pictures score under the same judge and sample count: no
-model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
+Never one number alone: the Fréchet distance (distribution) stands beside prompt accuracy (each picture),
+precision (fidelity) and recall (diversity), and beside what real pictures score under the same judge and
+sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
     python evaluate.py base runs/adt-glyphs-0 --steps 4,10,50          Read next: notebooks/
 """
@@ -27,7 +27,8 @@ def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, fresh=0.0, c
     """Draw one picture per caption from fixed noise -> (B, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     channels, h, w = model.encode(torch.zeros(1, 3, data.SIZE, data.SIZE)).shape[1:]
-    noise = torch.randn(len(captions), channels, h, w, generator=generator)   # all at once: chunking changes nothing
+    # all at once: chunking changes nothing
+    noise = torch.randn(len(captions), channels, h, w, generator=generator)
     times, pictures = sampler.timeline(model.T, steps, shift), []
     uncond = model.condition([""])
     for i in range(0, len(captions), chunk):
@@ -53,10 +54,11 @@ def frechet(a, b):
 
 
 def precision_recall(real, made, k=3):
-    """Kynkäänniemi et al. 2019: the share of made features inside the real manifold (a union of k-nearest-neighbour
-    balls), and of real features inside the made one."""
+    """Kynkäänniemi et al. 2019: the share of made features inside the real manifold (a union of
+    k-nearest-neighbour balls), and of real features inside the made one."""
     def inside(points, centres):
-        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # +1: a point is its own neighbour
+        # +1: a point is its own neighbour
+        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values
         return (torch.cdist(points, centres) <= radius).any(1).float().mean().item()
     return inside(made, real), inside(real, made)
 
@@ -104,20 +106,23 @@ def table(rows):
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, figures in rows:
         cells = [figures.get(c, "") for c in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c)
+                                                 for c in cells) + " |")
     return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------- pictures
 
 def picture(rows, path, captions=None, note=""):
-    """[(label, images (B, 3, H, W))] -> a PNG, one row each, captions above the columns; `note` goes in the file."""
+    """[(label, images (B, 3, H, W))] -> a PNG, one row each, captions above the columns;
+    `note` goes in the file."""
     import textwrap
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     columns = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * .95, len(rows) * .95 + .5), squeeze=False)
+    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * .95, len(rows) * .95 + .5),
+                                squeeze=False)
     for i, ((label, images), line) in enumerate(zip(rows, axes)):
         for j, (image, axis) in enumerate(zip(images, line)):
             axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1), interpolation="nearest")
@@ -157,8 +162,8 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """'base', a run folder or a weights file -> (group, denoiser, data set's name). Runs that differ by seed alone
-    share their group."""
+    """'base', a run folder or a weights file -> (group, denoiser, data set's name).
+    Runs that differ by seed alone share their group."""
     if name == "base":
         if not dataset:
             raise ValueError("'base' alone does not say which: add --data glyphs or --data fashion")
@@ -180,7 +185,8 @@ def locate(name, dataset):
 
 
 def gather(rows):
-    """[(name, figures)] with repeated names -> one row each, 'mean ± std' where a name occurs more than once."""
+    """[(name, figures)] with repeated names -> one row each,
+    'mean ± std' where a name occurs more than once."""
     groups = {}
     for name, figures in rows:
         groups.setdefault(name, []).append(figures)
@@ -200,7 +206,8 @@ def whole_numbers(text):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
+                                     allow_abbrev=False)
     parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
     parser.add_argument("--steps", type=whole_numbers, default=[10], help="sampler steps, e.g. 1,2,4,10,50")
@@ -221,7 +228,8 @@ def main(argv=None):
     try:
         found = [locate(name, a.data) for name in a.models]
         if len({dataset for _, _, dataset in found}) > 1:
-            raise ValueError("these models belong to different data sets; measure them one data set at a time")
+            raise ValueError("these models belong to different data sets; "
+                             "measure them one data set at a time")
         if a.prompt is not None:
             captions, examiner = [a.prompt] * 8, None
         else:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 # -------------------------------------------------------------------------------------------- diffusion
 
 def sample_times(n, steps, how="uniform", generator=None):
-    """n time indices in 0..steps-1. 'uniform' is DDPM's and SD's; 'lognormal' is SD3's sigmoid of a normal, which
-    looks more often at the middle of the line, where there is most to learn."""
+    """n time indices in 0..steps-1. 'uniform' is DDPM's and SD's; 'lognormal' is SD3's sigmoid of a normal,
+    which looks more often at the middle of the line, where there is most to learn."""
     if how == "uniform":
         return torch.randint(steps, (n,), generator=generator)
     if how == "lognormal":

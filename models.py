@@ -1,8 +1,9 @@
 """What a denoiser is, in one contract, and the small networks of the embedded world.
 
 Every diffusion model here, whatever its family, is asked one thing: given x_t = alpha x0 + sigma eps, output
-y = a x0 + b eps with known (a, b). Two linear equations, two unknowns: solving them gives back (x0, eps), and so
-the samplers and losses of this project never ask whether a model predicts noise, pictures, velocities or flows.
+y = a x0 + b eps with known (a, b). Two linear equations, two unknowns: solving them gives back (x0, eps), and
+so the samplers and losses of this project never ask whether a model predicts noise, pictures, velocities or
+flows.
 
     [x_t]   [alpha sigma] [x0 ]          eps: (a, b) = (0, 1)            x0:   (1, 0)
     [ y ] = [  a     b  ] [eps]          v:          (-sigma, alpha)     flow: (-1, 1)
@@ -24,7 +25,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Denoiser(nn.Module):
     """The contract. A family gives three tables and four methods (output, encode, decode, condition)."""
 
-    network: nn.Module                                       # what training changes; everything else is frozen
+    network: nn.Module                                      # what training changes; everything else is frozen
 
     def __init__(self, target, alpha, sigma, time):
         """target: eps, x0, v or flow · alpha, sigma, time: (T,) tables from cleanest to noisiest."""
@@ -32,7 +33,8 @@ class Denoiser(nn.Module):
         if target not in ("eps", "x0", "v", "flow"):
             raise ValueError(f"unknown prediction target '{target}': wanted eps, x0, v or flow")
         if target == "eps" and alpha[-1] == 0:
-            raise ValueError("an eps-model needs alpha_T > 0: from pure noise, the noise says nothing about x0")
+            raise ValueError("an eps-model needs alpha_T > 0: "
+                             "from pure noise, the noise says nothing about x0")
         self.target = target
         for name, table in (("alpha", alpha), ("sigma", sigma), ("time", time)):
             self.register_buffer(name, table.float(), persistent=False)
@@ -68,14 +70,15 @@ class Denoiser(nn.Module):
         return a * x0 + b * eps
 
     def split(self, x, y, t):
-        """Solve the 2x2 system by Cramer's rule: (x_t, y) -> (x0, eps). The determinant is alpha (eps), -sigma (x0)
-        or 1 (v) and alpha + sigma (flow): nothing here divides by alpha_T = 0."""
+        """Solve the 2x2 system by Cramer's rule: (x_t, y) -> (x0, eps). The determinant is alpha (eps),
+        -sigma (x0) or 1 (v) and alpha + sigma (flow): nothing here divides by alpha_T = 0."""
         (alpha, sigma), (a, b) = self.at(t), self.coefficients(t)
         determinant = alpha * b - sigma * a
         return (b * x - sigma * y) / determinant, (alpha * y - a * x) / determinant
 
     def predict(self, x, t, cond, uncond=None, guidance=1.0):
-        """One guided call: y_u + w (y_c - y_u); w = 1 is off and costs one pass, otherwise both halves share one."""
+        """One guided call: y_u + w (y_c - y_u); w = 1 is off and costs one pass,
+        otherwise both halves share one."""
         time = self.look_up(self.time, t)
         if guidance == 1.0:
             return self.output(x, time, cond)
@@ -86,7 +89,8 @@ class Denoiser(nn.Module):
         return y_u + guidance * (y_c - y_u)
 
     def output(self, x, time, cond):
-        """x (B, C, h, w), time (B,) in the family's own unit, cond as `condition` made it -> y (B, C, h, w)."""
+        """x (B, C, h, w), time (B,) in the family's own unit, cond as `condition` made it
+        -> y (B, C, h, w)."""
         raise NotImplementedError
 
     def encode(self, image):
@@ -103,8 +107,8 @@ class Denoiser(nn.Module):
 
 
 def tables(target, steps=1000):
-    """The tiny model's noise schedule: the straight line of rectified flow, alpha = 1 - sigma. An eps-model cannot
-    start at alpha_T = 0 and gets Stable Diffusion's scaled-linear betas instead."""
+    """The tiny model's noise schedule: the straight line of rectified flow, alpha = 1 - sigma. An eps-model
+    cannot start at alpha_T = 0 and gets Stable Diffusion's scaled-linear betas instead."""
     if target == "eps":
         betas = torch.linspace(.00085 ** .5, .012 ** .5, steps, dtype=torch.float64) ** 2
         product = torch.cumprod(1 - betas, 0)
@@ -113,7 +117,7 @@ def tables(target, steps=1000):
     return 1 - sigma, sigma, sigma
 
 
-# ---------------------------------------------------------------------------------- the tiny text-to-image model
+# ------------------------------------------------------------------------------- the tiny text-to-image model
 
 class Attention(nn.Module):
     """Pre-norm attention with a residual: of x on itself, or on `context` where one is given."""
@@ -132,7 +136,7 @@ class Attention(nn.Module):
         score = q @ k.transpose(-1, -2) * q.shape[-1] ** -.5                  # (B, heads, N, M)
         if mask is not None:
             score = score.masked_fill(~mask[:, None, None], float("-inf"))
-        h = score.softmax(-1).to(v.dtype) @ v                                 # on a CPU this beats the fused kernel
+        h = score.softmax(-1).to(v.dtype) @ v                           # on a CPU this beats the fused kernel
         return x + self.out(rearrange(h, "b h n d -> b n (h d)"))
 
 
@@ -166,7 +170,8 @@ class TinyText(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokens(self, captions):
-        """B strings -> (B, length) word numbers. An unknown word is an error that names its nearest relatives."""
+        """B strings -> (B, length) word numbers.
+        An unknown word is an error that names its nearest relatives."""
         import difflib
         rows = []
         for caption in captions:
@@ -174,8 +179,9 @@ class TinyText(nn.Module):
             for word in words:
                 if word not in self.index:
                     near = difflib.get_close_matches(word, self.index, 4, .5) or sorted(self.index)[:8]
-                    raise ValueError(f"the tiny text encoder does not know the word '{word}' (in '{caption[:80]}'): "
-                                     f"it knows {len(self.index)} words, the nearest {', '.join(near)}")
+                    raise ValueError(f"the tiny text encoder does not know the word '{word}' "
+                                     f"(in '{caption[:80]}'): it knows {len(self.index)} words, "
+                                     f"the nearest {', '.join(near)}")
             if len(words) >= self.length:
                 raise ValueError(f"a caption may have {self.length - 1} words at most, not {len(words)}: "
                                  f"'{caption[:80]}'")
@@ -189,7 +195,7 @@ class TinyText(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         x = self.norm(x)                                                      # (B, L, D)
-        pooled = (x * mask[..., None]).sum(1)                                 # (B, D), the mean but for its length
+        pooled = (x * mask[..., None]).sum(1)                            # (B, D), the mean but for its length
         return {"text": x, "mask": mask, "pooled": F.layer_norm(pooled.float(), pooled.shape[1:])}
 
 
@@ -198,11 +204,12 @@ class Residual(nn.Module):
 
     def __init__(self, width_in, width, embedding):
         super().__init__()
-        self.before = nn.Sequential(nn.GroupNorm(8, width_in), nn.SiLU(), nn.Conv2d(width_in, width, 3, padding=1))
+        self.before = nn.Sequential(nn.GroupNorm(8, width_in), nn.SiLU(),
+                                    nn.Conv2d(width_in, width, 3, padding=1))
         self.norm, self.modulate = nn.GroupNorm(8, width), nn.Linear(embedding, 2 * width)
         self.after = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
         self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
-        nn.init.zeros_(self.after[1].weight)                                  # every block starts as the identity
+        nn.init.zeros_(self.after[1].weight)                              # every block starts as the identity
         nn.init.zeros_(self.after[1].bias)
 
     def forward(self, x, embedding):
@@ -211,9 +218,9 @@ class Residual(nn.Module):
 
 
 class TinyUNet(nn.Module):
-    """(B, 12, 16, 16) -> the same: two levels, like SD's U-Net in small. 64 channels at 16x16; at 8x8 wider, with
-    transformer blocks that read the caption's tokens. So shallow a network cannot count its way in from the edges:
-    learned positions tell it where it is when all it sees is noise."""
+    """(B, 12, 16, 16) -> the same: two levels, like SD's U-Net in small. 64 channels at 16x16; at 8x8 wider,
+    with transformer blocks that read the caption's tokens. So shallow a network cannot count its way in from
+    the edges: learned positions tell it where it is when all it sees is noise."""
 
     def __init__(self, channels=12, width=64, deep=160, context=128, embedding=256):
         super().__init__()
@@ -228,10 +235,11 @@ class TinyUNet(nn.Module):
         self.attention = nn.ModuleList(Transformer(deep, context, 2) for _ in range(2))
         self.grow = nn.Conv2d(deep, width, 3, padding=1)
         self.up = nn.ModuleList(Residual(2 * width, width, embedding) for _ in range(2))
-        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(),
+                                   nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x, time, text, mask, pooled):
-        frequency = torch.exp(torch.linspace(0, 6.9, 64, device=x.device))    # 1 … 1000 radians over time 0..1
+        frequency = torch.exp(torch.linspace(0, 6.9, 64, device=x.device))   # 1 … 1000 radians over time 0..1
         angle = time[:, None].float() * frequency
         e = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.pooled(pooled))
         x = self.enter(x) + self.where                                        # (B, 64, 16, 16)
@@ -251,8 +259,8 @@ class TinyUNet(nn.Module):
 
 
 class TinyDenoiser(Denoiser):
-    """3.6 M parameters that draw 32x32 pictures from captions. Its 'VAE' is pixel-unshuffle: exactly invertible,
-    so the latent path of the real models is exercised at no cost."""
+    """3.6 M parameters that draw 32x32 pictures from captions. Its 'VAE' is pixel-unshuffle: exactly
+    invertible, so the latent path of the real models is exercised at no cost."""
 
     def __init__(self, words, target="flow"):
         super().__init__(target, *tables(target))
@@ -273,11 +281,12 @@ class TinyDenoiser(Denoiser):
         return self.text(captions)
 
 
-# ------------------------------------------------------------------- the discriminators' eyes, and the judge's
+# ------------------------------------------------------------------ the discriminators' eyes, and the judge's
 
 class TinyViT(nn.Module):
-    """Stands where DINOv2 stands for real models: 4x4 patches, six blocks, CLS. Trained by pretrain.py to name
-    attributes (CLS) and to repaint hidden patches (tokens), so that tokens know texture as well as meaning."""
+    """Stands where DINOv2 stands for real models: 4x4 patches, six blocks, CLS. Trained by pretrain.py to
+    name attributes (CLS) and to repaint hidden patches (tokens), so that tokens know texture as well as
+    meaning."""
 
     def __init__(self, attributes, width=128, depth=6, patch=4, size=32):
         super().__init__()
@@ -309,15 +318,16 @@ class TinyViT(nn.Module):
 
 
 class Judge(nn.Module):
-    """A convolutional network that no discriminator ever sees. Its 128 features give the Fréchet distance, its
-    heads read a picture's attributes. Another architecture, another seed: a judge that shares features with the
-    discriminator is gamed."""
+    """A convolutional network that no discriminator ever sees. Its 128 features give the Fréchet distance,
+    its heads read a picture's attributes. Another architecture, another seed: a judge that shares features
+    with the discriminator is gamed."""
 
     def __init__(self, attributes, width=32):
         super().__init__()
         def stage(i, o):
             return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(8, o), nn.GELU(),
-                                 nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(8, o), nn.GELU(), nn.MaxPool2d(2))
+                                 nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(8, o), nn.GELU(),
+                                 nn.MaxPool2d(2))
         self.stages = nn.Sequential(stage(3, width), stage(width, 2 * width), stage(2 * width, 3 * width))
         self.feature = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 16, 128), nn.LayerNorm(128))
         self.heads = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Linear(128, n)) for n in attributes)
@@ -328,10 +338,11 @@ class Judge(nn.Module):
         return feature, [head(feature) for head in self.heads]
 
 
-# ----------------------------------------------------------------------------------------- weights and building
+# --------------------------------------------------------------------------------------- weights and building
 
 def save(module, path, **facts):
-    """fp16 safetensors with a few facts (JSON values) in the header; written beside the file, then renamed."""
+    """fp16 safetensors with a few facts (JSON values) in the header;
+    written beside the file, then renamed."""
     from safetensors.torch import save_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +356,8 @@ def load(path):
     """-> (state dict in fp32, facts). Never unpickles."""
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}: make them with `python pretrain.py --data …`, or name others")
+        raise FileNotFoundError(f"no weights at {path}: make them with `python pretrain.py --data …`, "
+                                "or name others")
     try:
         with safe_open(path, "pt") as file:
             facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
@@ -360,13 +372,15 @@ def fill(module, state, path):
     wrong = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
                                                       if own[k].shape != state[k].shape]
     if wrong:
-        raise ValueError(f"{path} holds another network: {len(wrong)} tensors do not fit, '{sorted(wrong)[0]}' first")
+        raise ValueError(f"{path} holds another network: {len(wrong)} tensors do not fit, "
+                         f"'{sorted(wrong)[0]}' first")
     module.load_state_dict(state)
     return module
 
 
 def find(which, data, weights=None):
-    """Where a network's file is: in the folder named by --weights if it has one, else among the shipped ones."""
+    """Where a network's file is: in the folder named by --weights if it has one,
+    else among the shipped ones."""
     own = Path(weights) / f"{which}.safetensors" if weights else None
     return own if own and own.is_file() else WEIGHTS / data / f"{which}.safetensors"
 

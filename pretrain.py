@@ -1,11 +1,12 @@
 """Makes the three small networks that weights/ ships, from nothing:  python pretrain.py --data glyphs
 
     judge      a CNN that names attributes; measures everything, and is never shown to a discriminator
-    features   a small ViT that names attributes and repaints hidden patches: the frozen backbone, in DINOv2's place
+    features   a small ViT that names attributes and repaints hidden patches: the frozen backbone,
+               in DINOv2's place
     denoiser   the text-to-image model that the two papers then improve
 
-Each is one `loss` function below; the loop is shared. Every run saves its state once a minute and goes on from
-there when started again, so it may be stopped at will.                       Read next: adt.py, then train.py
+Each is one `loss` function below; the loop is shared. Every run saves its state once a minute and goes on
+from there when started again, so it may be stopped at will.                  Read next: adt.py, then train.py
 """
 
 import argparse
@@ -45,23 +46,27 @@ SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same ra
 
 def attribute_loss(logits, truth):
     """Mean cross-entropy over attributes; -1 marks an attribute the picture does not have."""
-    return torch.stack([F.cross_entropy(l.float(), t, ignore_index=-1) for l, t in zip(logits, truth.T)]).mean()
+    return torch.stack([F.cross_entropy(l.float(), t, ignore_index=-1)
+                        for l, t in zip(logits, truth.T)]).mean()
 
 
 def shift(image, pixels=2):
     """A random shift of the whole batch, edges repeated: cheap insurance against memorised positions."""
     dx, dy = torch.randint(0, 2 * pixels + 1, (2,)).tolist()
-    return F.pad(image, (pixels,) * 4, mode="replicate")[..., dy:dy + image.shape[-2], dx:dx + image.shape[-1]]
+    return F.pad(image, (pixels,) * 4, mode="replicate")[
+        ..., dy:dy + image.shape[-2], dx:dx + image.shape[-1]]
 
 
 def judge_loss(network, batch):
     image = shift(batch.image)
-    image = image + torch.randn_like(image) * torch.rand(len(image), 1, 1, 1) * .1    # generated pictures are noisy
+    # generated pictures are noisy
+    image = image + torch.randn_like(image) * torch.rand(len(image), 1, 1, 1) * .1
     return attribute_loss(network(image)[1], batch.truth)
 
 
 def features_loss(network, batch):
-    """Name the attributes from CLS with up to three quarters of the patches hidden; repaint what is hidden."""
+    """Name the attributes from CLS with up to three quarters of the patches hidden;
+    repaint what is hidden."""
     image = shift(batch.image)
     hide = torch.rand(len(image), 64) < torch.rand(len(image), 1) * .75
     tokens, cls = network(image, hide)
@@ -72,7 +77,8 @@ def features_loss(network, batch):
 
 
 def denoiser_loss(model, batch):
-    """The flow loss, 10 % of the captions empty so that classifier-free guidance has something to push against."""
+    """The flow loss, 10 % of the captions empty so that
+    classifier-free guidance has something to push against."""
     captions = ["" if forget else c for c, forget in zip(batch.caption, torch.rand(len(batch.caption)) < .1)]
     x0 = model.encode(batch.image)
     t = losses.sample_times(len(x0), model.T, "lognormal")
@@ -134,7 +140,8 @@ def fit(which, source, recipe, out, target="flow"):
             seconds = spent + last - began
             partial = state.with_suffix(".part")
             torch.save({"network": network.state_dict(), "average": average.state_dict(), "step": step + 1,
-                        "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(), "seconds": seconds}, partial)
+                        "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
+                        "seconds": seconds}, partial)
             partial.replace(state)
             models.save(average, out / f"{which}.safetensors", steps=step + 1, minutes=round(seconds / 60, 1),
                         batch=recipe.batch, threads=torch.get_num_threads(), **facts)
@@ -143,10 +150,12 @@ def fit(which, source, recipe, out, target="flow"):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned 32x32 images")
+    parser.add_argument("--data", default="glyphs",
+                        help="glyphs, fashion, or a folder of captioned 32x32 images")
     parser.add_argument("--only", choices=list(RECIPES), help="make one network instead of all three")
     parser.add_argument("--steps", type=int, help="steps of each network (default: its recipe)")
-    parser.add_argument("--target", default="flow", choices=["eps", "x0", "v", "flow"], help="what the denoiser predicts")
+    parser.add_argument("--target", default="flow", choices=["eps", "x0", "v", "flow"],
+                        help="what the denoiser predicts")
     parser.add_argument("--out", help="folder for states, logs and weights (default: weights/DATA)")
     arguments = parser.parse_args()
     try:

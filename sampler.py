@@ -2,10 +2,11 @@
 
 One step, for every family: ask the network, solve for (x0, eps), put them together again at the next time,
     x_{t'} = alpha_{t'} x0 + sigma_{t'} eps,
-which is DDIM for an eps-model and an Euler step for a flow. ADT trains *through* this path under one constraint
-(`rollout`): the network always sees a detached input, and only chosen steps keep their graph. Then
+which is DDIM for an eps-model and an Euler step for a flow. ADT trains *through* this path under one
+constraint (`rollout`): the network always sees a detached input, and only chosen steps keep their graph. Then
     d x0_final / d theta = sum over chosen steps of (a scalar of the schedule) * d y_theta / d theta,
-with no product of network Jacobians: nothing to explode, and one network graph of memory.  Read next: losses.py
+with no product of network Jacobians: nothing to explode, and one network graph of memory.
+Read next: losses.py
 """
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 
 def timeline(T, steps, shift=1.0):
-    """`steps` indices from T-1 downwards, evenly spaced and ending one stride above clean ('trailing' spacing).
-    shift > 1 spends more of them at the noisy end, as SD3 does: u -> shift u / (1 + (shift - 1) u)."""
+    """`steps` indices from T-1 downwards, evenly spaced and ending one stride above clean
+    ('trailing' spacing). shift > 1 spends more of them at the noisy end, as SD3 does:
+    u -> shift u / (1 + (shift - 1) u)."""
     if not 1 <= steps <= T:
         raise ValueError(f"a path has 1 to {T} steps, not {steps}")
     u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps               # 1 … 1/steps
@@ -42,16 +44,17 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
             generator=None, visit=None):
     """Run the sampler from x = x_{times[0]} to the picture x0 (B, C, h, w).
 
-    times (n,): decreasing indices. train: positions in it whose network call keeps its graph; elsewhere the output
-    is a constant. leak: how much gradient passes through the network's input (0 is ADT's rule, 1 is plain
-    backpropagation). checkpoint: recompute each network call in the backward pass, so that one graph is alive at a
-    time whatever n and len(train). fresh: share of new noise in each step, 0 = DDIM / Euler, 1 = forget eps
-    entirely. visit(i, x0): called after every step, for pictures of the path.
+    times (n,): decreasing indices. train: positions in it whose network call keeps its graph; elsewhere the
+    output is a constant. leak: how much gradient passes through the network's input (0 is ADT's rule, 1 is
+    plain backpropagation). checkpoint: recompute each network call in the backward pass, so that one graph is
+    alive at a time whatever n and len(train). fresh: share of new noise in each step, 0 = DDIM / Euler, 1 =
+    forget eps entirely. visit(i, x0): called after every step, for pictures of the path.
     """
     for i, t in enumerate(times):
         t = t.to(x.device).expand(len(x))
         with torch.set_grad_enabled(torch.is_grad_enabled() and i in train):
-            seen = x.detach() if leak == 0 else x.detach() + leak * (x - x.detach())    # ADT constraint: sg[x_t]
+            seen = (x.detach() if leak == 0                  # ADT constraint: sg[x_t]
+                    else x.detach() + leak * (x - x.detach()))
             if checkpoint and torch.is_grad_enabled():
                 y = recompute(model.predict, seen, t, cond, uncond, guidance, use_reentrant=False)
             else:
@@ -69,6 +72,6 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
 
 
 def few_step(model, noise, times, cond, generator=None):
-    """1-4 steps of a distilled model: predict x0, noise it afresh to the next time, repeat. Exactly the inputs an
-    ADD student is trained on, with its own x0 in place of the real one. No guidance."""
+    """1-4 steps of a distilled model: predict x0, noise it afresh to the next time, repeat. Exactly the
+    inputs an ADD student is trained on, with its own x0 in place of the real one. No guidance."""
     return rollout(model, noise, times, cond, fresh=1.0, generator=generator)

@@ -1,8 +1,9 @@
 """The one loop.   python train.py --method adt        (ten minutes on two cores, nothing to download)
 
-Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns while
-the generator's picture is only data. Everything that differs between methods is in adt.py and add.py; everything
-that differs between models is in models.py; this file does not know which it runs.    Read next: evaluate.py
+Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns
+while the generator's picture is only data. Everything that differs between methods is in adt.py and add.py;
+everything that differs between models is in models.py; this file does not know which it runs.
+Read next: evaluate.py
 """
 
 import argparse
@@ -69,7 +70,8 @@ class Run:
         self.weights = list(model.network.parameters())
         self.critic_weights = [p for n, p in critic.named_parameters() if not n.startswith("features")]
         self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(.9, .999), weight_decay=0.)
-        self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99), weight_decay=0.)
+        self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
+                                       weight_decay=0.)
         self.bf16 = torch.cpu._is_avx512_bf16_supported()
 
     def step(self):
@@ -88,7 +90,7 @@ class Run:
         before = None
         for name, term in terms.items():
             if name == "adv" and self.done < config.warmup_d:
-                continue                                     # a discriminator that knows nothing teaches nothing
+                continue                                  # a discriminator that knows nothing teaches nothing
             term.backward()
             seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
             before = [p.grad.clone() for p in self.weights if p.grad is not None]
@@ -107,7 +109,8 @@ class Run:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d)
             self.opt_d.step()
-            seen |= {"D": loss.item(), "|grad D|": float(norm), "D right on real": (real > 0).float().mean().item(),
+            seen |= {"D": loss.item(), "|grad D|": float(norm),
+                     "D right on real": (real > 0).float().mean().item(),
                      "D right on fake": (made < 0).float().mean().item()}
         self.done += 1
         return seen
@@ -150,7 +153,8 @@ def save(run, out, facts):
 
 
 def loop(run, out, facts, grid, every=50):
-    """Steps until done: log every step, a picture from fixed noise every `every`, a checkpoint once a minute."""
+    """Steps until done: log every step, a picture from fixed noise every `every`,
+    a checkpoint once a minute."""
     log_path = out / "log.jsonl"
     log = [json.loads(line) for line in log_path.read_text().splitlines()] if log_path.exists() else []
     log = [row for row in log if row["step"] < run.done]     # what came after the checkpoint happens again
@@ -166,7 +170,8 @@ def loop(run, out, facts, grid, every=50):
             file.write(json.dumps(log[-1]) + "\n")
             bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D") if k in seen}, refresh=False)
             if (step + 1) % every == 0 or step + 1 == run.steps:
-                evaluate.picture([(f"step {step + 1}", grid(run.result()))], out / f"samples_{step + 1:06d}.png")
+                evaluate.picture([(f"step {step + 1}", grid(run.result()))],
+                                 out / f"samples_{step + 1:06d}.png")
                 evaluate.curves(log, out / "curves.png")
             if time.time() - last > 60 or step + 1 == run.steps:
                 save(run, out, facts)
@@ -181,13 +186,16 @@ def parse(argv=None):
     parser.add_argument("--model", default="tiny", help="tiny")
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
     parser.add_argument("--weights", help="start from this file or folder (default: the shipped base)")
-    parser.add_argument("--steps", type=int, help=f"length of the whole run, also on resume (default {STEPS})")
+    parser.add_argument("--steps", type=int,
+                        help=f"length of the whole run, also on resume (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="run folder (default runs/METHOD-DATA-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any field of the Config")
-    parser.add_argument("--samples", type=int, default=2000, help="pictures per row of the final table; 0: no table")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="any field of the Config")
+    parser.add_argument("--samples", type=int, default=2000,
+                        help="pictures per row of the final table; 0: no table")
     return parser, parser.parse_args(argv)
 
 
@@ -220,14 +228,16 @@ def prepare(arguments):
     with torch.no_grad():
         text_width = model.condition([""])["pooled"].shape[1]
     critic = discriminator.build(config.variant, features, text_width)
-    examiner = evaluate.Examiner(source, arguments.samples, weights=plan["weights"]) if arguments.samples else None
+    examiner = (evaluate.Examiner(source, arguments.samples, weights=plan["weights"])
+                if arguments.samples else None)
     return plan, out, Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"]), examiner
 
 
 def report(base, run, examiner, out, captions):
     """The before/after table and picture."""
     after, steps, guidance = run.result(), run.config.path_steps, run.config.guidance
-    rows = [(name, examiner.measure(model, steps, guidance)) for name, model in (("before", base), ("after", after))]
+    rows = [(name, examiner.measure(model, steps, guidance))
+            for name, model in (("before", base), ("after", after))]
     rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
     write(out / "result.json", json.dumps(dict(rows), indent=1))
     text = evaluate.table(rows)
@@ -255,7 +265,8 @@ def main(argv=None):
             old.unlink(missing_ok=True)
     write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
     print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
-    loop(run, out, facts, lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
+    loop(run, out, facts,
+         lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
     if examiner:
         report(base, run, examiner, out, captions)
 

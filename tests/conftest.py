@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository on the path, one thread setting, and a denoiser small enough to reason about."""
+"""Shared by all tests: the repository on the path, one thread setting,
+and a denoiser small enough to reason about."""
 
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import models  # noqa: E402
 
 
 class Toy(models.Denoiser):
-    """Any target on any schedule; the network is one smooth nonlinear layer, in float64, so identities are exact."""
+    """Any target on any schedule; the network is one smooth nonlinear layer, in float64,
+    so identities are exact."""
 
     def __init__(self, target="flow", alpha=None, sigma=None):
         if alpha is None:
@@ -22,7 +24,7 @@ class Toy(models.Denoiser):
         super().__init__(target, alpha, sigma, torch.arange(len(alpha)) / len(alpha))
         self.network = torch.nn.Conv2d(2, 2, 3, padding=1)
         self.double()
-        self.alpha, self.sigma = alpha.double(), sigma.double()               # not rounded to float32 on the way
+        self.alpha, self.sigma = alpha.double(), sigma.double()            # not rounded to float32 on the way
         self.calls = []
 
     def output(self, x, time, cond):

@@ -50,7 +50,8 @@ def test_after_the_discriminator_half_only_the_heads_hold_gradients(world):
     loss, real, made = adt.discriminator_loss(critic, batch, fake, cond, config)
     loss.backward()
     assert real.shape == made.shape
-    assert all(p.grad is None for p in model.parameters()) and all(p.grad is None for p in critic.features.parameters())
+    assert (all(p.grad is None for p in model.parameters())
+            and all(p.grad is None for p in critic.features.parameters()))
     assert all(p.grad is not None for n, p in critic.named_parameters() if not n.startswith("features"))
 
 
@@ -81,7 +82,7 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
     for _ in range(400):
         adt.simulate(model, real, cond, cond, adt.Config(path_steps=5))
     counts = torch.bincount(torch.tensor([len(times) for _, times in seen]), minlength=6)[1:]
-    assert counts.min() > 50 and counts.max() < 115          # 80 expected, five standard deviations either way
+    assert counts.min() > 50 and counts.max() < 115         # 80 expected, five standard deviations either way
     for x, times in seen[:40]:
         alpha, sigma = model.at(times[:1])
         assert abs(x.mean() - 3 * alpha) < 6 * sigma / 64 / 2 ** .5 + 1e-9
@@ -99,10 +100,12 @@ def test_lambda_zero_is_plain_diffusion_training(world):
 
 
 def test_the_real_pair_differs_and_shares_its_geometry(world, monkeypatch):
-    """D(x_0, x_0') must see two augmentations of one picture, D(x_0, x0_hat) the picture beside the made one."""
+    """D(x_0, x_0') must see two augmentations of one picture,
+    D(x_0, x0_hat) the picture beside the made one."""
     _, critic, batch = world
     pairs = []
-    monkeypatch.setattr(critic, "forward", lambda a, b, text: (pairs.append((a, b)), a.mean((1, 2, 3))[:, None])[1])
+    monkeypatch.setattr(critic, "forward",
+                        lambda a, b, text: (pairs.append((a, b)), a.mean((1, 2, 3))[:, None])[1])
     fake = torch.zeros_like(batch.image)
     adt.discriminator_loss(critic, batch, fake, {"pooled": torch.zeros(4, 128)}, adt.Config())
     (x, x_again), (y, made) = pairs

@@ -19,7 +19,8 @@ def g(seed=0):
 
 def test_the_world_is_as_rich_as_promised(glyphs):
     letters = [s for s in glyphs.shapes if s.split()[0] in ("letter", "digit", "capital")]
-    assert len(letters) == 62 and len(glyphs.shapes) - 62 >= 150 and len(set(glyphs.shapes)) == len(glyphs.shapes)
+    assert (len(letters) == 62 and len(glyphs.shapes) - 62 >= 150
+            and len(set(glyphs.shapes)) == len(glyphs.shapes))
     assert len(glyphs.attributes["family"]) >= 3 and len(data.COLOURS) >= 8
     assert {tuple(v) for v in glyphs.variants[:, 2:].tolist()} >= {(0, 0), (1, 0), (0, 1), (1, 1)}
 
@@ -45,7 +46,8 @@ def test_held_out_compositions_are_never_seen_in_training(glyphs):
              for split in ("train", "test", "held_out")}
     assert not pairs["held_out"] & (pairs["train"] | pairs["test"])
     assert len(pairs["held_out"]) == len(glyphs.shapes)      # one ink per shape
-    assert {s for s, _ in pairs["train"]} == set(range(len(glyphs.shapes))) and {i for _, i in pairs["train"]} == set(range(8))
+    assert ({s for s, _ in pairs["train"]} == set(range(len(glyphs.shapes)))
+            and {i for _, i in pairs["train"]} == set(range(8)))
     with pytest.raises(ValueError, match="held_out"):
         glyphs.batch(1, g(), "validation")
 
@@ -69,7 +71,8 @@ def test_ink_never_hides_on_its_own_colour(glyphs):
 
 
 def test_rendering_is_no_bottleneck(glyphs):
-    """A training step of 32 pictures takes 0.2 s at the very least; drawing them must be a small part of that."""
+    """A training step of 32 pictures takes 0.2 s at the very least;
+    drawing them must be a small part of that."""
     glyphs.batch(32)
     began = time.perf_counter()
     for _ in range(10):
@@ -113,7 +116,8 @@ def folder(path, n=3, table=True):
 def test_both_conventions_of_a_folder(tmp_path, table):
     source = data.build(str(folder(tmp_path / "mine", table=table)))
     batch = source.batch(64, g())
-    assert batch.image.shape == (64, 3, 32, 32) and set(batch.caption) == {"a picture 0", "a picture 1", "a picture 2"}
+    assert (batch.image.shape == (64, 3, 32, 32)
+            and set(batch.caption) == {"a picture 0", "a picture 1", "a picture 2"})
     assert source.name == "mine"
     for image, text in zip(batch.image, batch.caption):      # the right caption stays with the right picture
         assert abs((image[0].mean() + 1) * 127.5 - 80 * int(text[-1])) < 1
@@ -145,7 +149,9 @@ def test_bad_folders_each_get_a_sentence(tmp_path):
 def test_contact_sheet_command(tmp_path):
     for name in ("glyphs", "fashion"):
         path = tmp_path / f"{name}.png"
-        done = subprocess.run([sys.executable, "data.py", "--show", name, "--out", path], cwd=ROOT, capture_output=True)
+        done = subprocess.run([sys.executable, "data.py", "--show", name, "--out", path], cwd=ROOT,
+                              capture_output=True)
         assert done.returncode == 0 and Image.open(path).size[0] > 1000
-    done = subprocess.run([sys.executable, "data.py", "--show", "cats"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "data.py", "--show", "cats"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "no data set 'cats'" in done.stderr and "Traceback" not in done.stderr

@@ -34,7 +34,8 @@ def test_hinge_is_flat_beyond_the_margin_and_one_inside():
 
 @pytest.mark.equation("ADT L_D")
 def test_hinge_optimum_separates_by_the_margin():
-    """Where real and fake overlap fully, the best constant logit is anywhere in [-1, 1], with loss exactly 2."""
+    """Where real and fake overlap fully, the best constant logit is anywhere in [-1, 1],
+    with loss exactly 2."""
     for d in (-1., -.3, 0., .8, 1.):
         both = torch.full((4, 1), d)
         assert abs(losses.hinge_real(both) + losses.hinge_fake(both) - 2) < 1e-6
@@ -47,7 +48,8 @@ def test_hinge_optimum_separates_by_the_margin():
 @pytest.mark.equation("ADD eq. 2")
 def test_generator_loss_never_saturates():
     logits = torch.tensor([[-50.], [0.], [50.]], requires_grad=True)
-    assert torch.autograd.grad(losses.hinge_generator(logits), logits)[0].flatten().tolist() == pytest.approx([-1/3] * 3)
+    assert (torch.autograd.grad(losses.hinge_generator(logits), logits)[0].flatten().tolist()
+            == pytest.approx([-1/3] * 3))
 
 
 @pytest.mark.equation("ADT L_diff")
@@ -101,7 +103,8 @@ def test_features_are_normalised_differentiable_tokens(features):
     tokens = features(image)
     assert [tuple(t.shape) for t in tokens] == [(2, 64, 128)] * 4
     assert tokens[2].mean(-1).abs().max() < 1e-4 and (tokens[2].std(-1) - 1).abs().max() < .05
-    assert torch.autograd.grad(tokens[-1].square().mean() + tokens[0][..., 0].mean(), image)[0].abs().sum() > 0
+    assert torch.autograd.grad(tokens[-1].square().mean() + tokens[0][..., 0].mean(),
+                               image)[0].abs().sum() > 0
 
 
 # ---------------------------------------------------------------------------------------------- variants

@@ -7,7 +7,8 @@ import evaluate
 
 
 def gaussian(n, mean, scale, seed):
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale + mean
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64) * scale + mean
 
 
 def test_frechet_distance_of_gaussians_has_a_closed_form():
@@ -49,7 +50,8 @@ def test_examiner_tells_worse_from_better(examiner):
     """The same pictures, spoiled more and more; captions of others; and one picture for all."""
     images = examiner.asked.image
     torch.manual_seed(0)
-    distances = [examiner.score((images + s * torch.randn_like(images)).clamp(-1, 1))["fd"] for s in (0, .1, .3, .8)]
+    distances = [examiner.score((images + s * torch.randn_like(images)).clamp(-1, 1))["fd"]
+                 for s in (0, .1, .3, .8)]
     assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
     strangers = examiner.score(examiner.reference.image)
     assert strangers["accuracy"] < .5 and strangers["fd"] < distances[0]
@@ -66,7 +68,8 @@ def test_sampling_is_deterministic_and_independent_of_chunks(base):
 
 
 def test_gather_reports_mean_and_spread():
-    rows = evaluate.gather([("a", {"fd": 1., "steps": 4}), ("a", {"fd": 3., "steps": 4}), ("b", {"fd": 2., "steps": 4})])
+    rows = evaluate.gather([("a", {"fd": 1., "steps": 4}), ("a", {"fd": 3., "steps": 4}),
+                            ("b", {"fd": 2., "steps": 4})])
     assert rows == [("a, 2 seeds", {"fd": "2.000 ± 1.414", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
 
 

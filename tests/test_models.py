@@ -28,7 +28,8 @@ def test_split_undoes_training_target_for_every_target_and_family(target, name):
 
 
 def test_all_targets_describe_the_same_picture():
-    """Perfect networks of the four targets give the same next point: what is predicted is a matter of taste."""
+    """Perfect networks of the four targets give the same next point:
+    what is predicted is a matter of taste."""
     alpha, sigma = family("sd15")[1:]
     x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([10, 500, 999])

@@ -1,4 +1,5 @@
-"""Paths against diffusers' schedulers, gradients against their closed form, memory against the number of steps."""
+"""Paths against diffusers' schedulers, gradients against their closed form,
+memory against the number of steps."""
 
 import gc
 
@@ -13,7 +14,7 @@ def noise(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# --------------------------------------------------------------------------------------------- foreign oracles
+# -------------------------------------------------------------------------------------------- foreign oracles
 
 @pytest.mark.equation("ADT path")
 @pytest.mark.parametrize("name,kind", [("sd15", "epsilon"), ("sd2-v-zero-snr", "v_prediction")])
@@ -56,15 +57,17 @@ def test_rollout_equals_flow_match_euler_on_its_own_sigmas(shift):
 # ---------------------------------------------------------------------------------------------- the gradient
 
 def closed_form(model, path, times, chosen, direction, cond):
-    """sum over chosen t of  alpha_0 (sigma_t'/alpha_t' - sigma_t/alpha_t) d eps(sg[x_t])/d theta  for eps-models,
-    -(sigma_t - sigma_t') d v/d theta for flows, contracted with `direction`; x_t read off the recorded path."""
+    """sum over chosen t of  alpha_0 (sigma_t'/alpha_t' - sigma_t/alpha_t) d eps(sg[x_t])/d theta
+    for eps-models, -(sigma_t - sigma_t') d v/d theta for flows, contracted with `direction`;
+    x_t read off the recorded path."""
     total = [torch.zeros_like(p) for p in model.network.parameters()]
     for i in chosen:
         t, after = times[i:i + 1], times[i + 1:i + 2]
         (a, s), (a2, s2) = model.at(t), (model.at(after) if len(after) else (torch.ones(1), torch.zeros(1)))
         weight = s2 / a2 - s / a if model.target == "eps" else -(s - s2)
         y = model.predict(path[i], t.expand(len(path[i])), cond)
-        for sum_, g in zip(total, torch.autograd.grad((weight * y * direction).sum(), model.network.parameters())):
+        for sum_, g in zip(total, torch.autograd.grad((weight * y * direction).sum(),
+                                                      model.network.parameters())):
             sum_ += g
     return total
 
@@ -91,16 +94,18 @@ def test_no_graph_outside_the_chosen_steps(toy):
 
 
 def test_full_leak_is_plain_backpropagation_and_zero_leak_is_not(toy):
-    """leak = 1 with every step chosen against an independent loop of plain autograd; half-way lies between."""
+    """leak = 1 with every step chosen against an independent loop of plain autograd;
+    half-way lies between."""
     model = toy()
     times, cond, start = sampler.timeline(1000, 5), model.condition(["a"]), noise(1, 2, 4, 4)
     x = start
     for i, t in enumerate(times):
         v = model.output(x, model.time[t:t + 1], cond)
-        x = x - (model.sigma[t] - (model.sigma[times[i + 1]] if i < 4 else 0)) * v       # Euler, written plainly
+        x = x - (model.sigma[t] - (model.sigma[times[i + 1]] if i < 4 else 0)) * v    # Euler, written plainly
     plain = torch.autograd.grad(x.sum(), model.network.weight)[0]
-    found = {leak: torch.autograd.grad(sampler.rollout(model, start, times, cond, train=set(range(5)), leak=leak)
-                                       .sum(), model.network.weight)[0] for leak in (0., .3, 1.)}
+    found = {leak: torch.autograd.grad(
+        sampler.rollout(model, start, times, cond, train=set(range(5)), leak=leak).sum(),
+        model.network.weight)[0] for leak in (0., .3, 1.)}
     torch.testing.assert_close(found[1.], plain, rtol=1e-6, atol=1e-8)
     assert (found[0.] - plain).norm() > 1e-3 * plain.norm()
     assert 0 < (found[.3] - found[0.]).norm() < (found[1.] - found[0.]).norm()
@@ -142,7 +147,7 @@ def test_memory_is_flat_in_the_number_of_steps_and_of_trained_steps(base):
         assert saved_bytes(base, steps, chosen, True) < .05 * one * max(len(chosen), 1)
 
 
-# ------------------------------------------------------------------------------------------------- small parts
+# ------------------------------------------------------------------------------------------------ small parts
 
 @pytest.mark.parametrize("how", ["even", "last", "random", "all"])
 def test_pick_steps_picks_k_different_positions(how):

@@ -1,4 +1,5 @@
-"""The command a user types: what it writes, that it goes on where it stopped, and what it says to bad input."""
+"""The command a user types: what it writes, that it goes on where it stopped,
+and what it says to bad input."""
 
 import json
 
@@ -86,7 +87,8 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
         return critic_forward(*inputs)
     run.critic.forward = forward
     run.step()
-    assert calls == [(False, True), (True, False), (True, False)]  # watches the picture; learns from data alone
+    # watches the picture; learns from data alone
+    assert calls == [(False, True), (True, False), (True, False)]
     assert all(torch.equal(v, frozen[n]) for n, v in run.critic.features.state_dict().items())
     assert all(torch.equal(v, text[n]) for n, v in run.model.text.state_dict().items())
 
@@ -134,7 +136,7 @@ def test_a_run_is_not_overwritten_without_being_told(tmp_path, capsys):
 
 
 def test_words_the_model_does_not_know_stop_a_run_before_it_starts(tmp_path, capsys):
-    mine = folder(tmp_path / "glyphs")                       # captions say 'picture', the shipped glyphs model cannot
+    mine = folder(tmp_path / "glyphs")               # captions say 'picture', the shipped glyphs model cannot
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", str(mine), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and "'picture'" in capsys.readouterr().err and not (tmp_path / "run").exists()

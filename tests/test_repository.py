@@ -1,0 +1,98 @@
+"""The repository keeps its own promises: layers, sizes, equations, commands."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import equations
+import pytest
+from conftest import ROOT
+
+LAYERS = [{"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
+          {"evaluate", "train", "pretrain"}]
+CORE = [name for layer in LAYERS for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
+
+
+def imports(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_point_only_downwards():
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    allowed = {("train", "evaluate"), ("discriminator", "losses")}
+    for name in CORE:
+        for other in set(imports(name)) & level.keys():
+            assert level[other] < level[name] or (name, other) in allowed, f"{name}.py imports {other}.py"
+
+
+def test_core_stays_small():
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
+    assert sum(lines.values()) <= 2000, lines
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 110, f"{path.name}:{number} has {len(line)} columns"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is too long"
+
+
+def test_importing_the_core_needs_no_heavy_library():
+    code = ("import sys, models, sampler, losses, discriminator, data, adt; "
+            "print([m for m in ('diffusers', 'transformers', 'peft', 'matplotlib') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_every_equation_in_the_source_has_a_proof():
+    where, proved = equations.tags(), equations.proofs()
+    assert len(where) >= 8 and where.keys() == proved.keys()
+    assert where.keys() <= equations.MEANING.keys()
+
+
+def test_the_equation_map_of_the_readme_is_current():
+    assert equations.table() in (ROOT / "README.md").read_text(), "run python tests/equations.py"
+
+
+def test_weights_fit_their_budget():
+    for dataset in ("glyphs", "fashion"):
+        files = list((ROOT / "weights" / dataset).glob("*.safetensors"))
+        assert len(files) >= 3 and sum(f.stat().st_size for f in files) <= 12e6
+
+
+# -------------------------------------------------------------------------------------- the README's commands
+
+QUICK = {"train.py": " --steps 2 --samples 200 --set batch=2 --set path_steps=2",
+         "evaluate.py": " --steps 1 --samples 200", "pretrain.py": " --steps 1 --out quick", "data.py": ""}
+
+
+def commands():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if re.search(r"python \w+\.py", line)]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of what a user has; runs of earlier commands are there for later ones."""
+    copy = tmp_path_factory.mktemp("clone")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, copy)
+    shutil.copytree(ROOT / "weights", copy / "weights", ignore=shutil.ignore_patterns("*.state", "*.jsonl"))
+    return copy
+
+
+@pytest.mark.parametrize("command", commands())
+def test_readme_command_runs(clone, command):
+    """Every command of the README, as it stands, with few steps and few samples."""
+    quick = re.sub(r"python (\w+\.py)([^;&|\n#]*)",
+                   lambda m: f"{sys.executable} {m[1]}{m[2].rstrip()}{QUICK[m[1]]} ", command)
+    if "--prompt" in command:
+        quick = command.replace("python", sys.executable, 1)
+    done = subprocess.run(["bash", "-ec", quick], cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 0, f"{quick}\n{done.stderr[-2000:]}"
