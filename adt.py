@@ -11,7 +11,7 @@ through the network's inputs.
 Same three names as add.py: Config, generator_loss, discriminator_loss.                Read next: train.py"""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
@@ -26,18 +26,20 @@ class Config:
     # the path
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
     train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 3
-    pick: Annotated[str, "secondary: which ones: even (random offset), last, random, all"] = "even"
-    start: Annotated[
-        str, "paper: image = from a noised real picture, text = always from pure noise"] = "image"
+    pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
+    start: Annotated[Literal["image", "text"], "paper: a noised real picture, or pure noise"] = "image"
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "paper: gradient let through the network's input, 0 = none"] = 0.0
+    checkpoint: Annotated[bool, "paper: recompute calls, one graph of memory; slower"] = False
     # the losses
-    variant: Annotated[str, "ours: similarity, twin, difference, or projected (unpaired)"] = "similarity"
-    lambda_diff: Annotated[float, "paper: weight of the diffusion loss (1 = kept, 0 = the ablation)"] = 1.0
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion training"] = 0.05
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation, 0 = none"] = 1.0
+    variant: Annotated[Literal["similarity", "twin", "difference", "projected"], "ours: which critic"] = "similarity"
+    pool: Annotated[Literal["tokens", "mean"], "ours: compare token by token, or their mean"] = "tokens"
+    geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
+    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 1.0
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
+    lambda_diff: Annotated[float, "paper: weight of the diffusion loss, which is kept"] = 1.0
     drop_caption: Annotated[float, "secondary: share of empty captions in the diffusion loss"] = 0.1
-    times: Annotated[str, "ours: how the diffusion loss draws t: uniform or lognormal"] = "lognormal"
+    times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
@@ -46,8 +48,13 @@ class Config:
     clip: Annotated[float, "ours: largest gradient norm, generator"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
-    warmup_d: Annotated[
-        int, "ours: first steps in which only the discriminator learns the adversarial game"] = 10
+    warmup_d: Annotated[int, "ours: first steps in which the adversary learns but does not teach"] = 10
+
+    def __post_init__(self):
+        if min(self.batch, self.path_steps, self.train_steps) < 1:
+            raise ValueError("batch, path_steps and train_steps are 1 or more")
+        if max(self.ema, self.beta1_d, self.leak, self.drop_caption) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1_d, leak and drop_caption are shares between 0 and 1")
 
 
 def simulate(model, x0, cond, uncond, config):
@@ -58,13 +65,16 @@ def simulate(model, x0, cond, uncond, config):
     times = times[first:]                                    # ADT start: t_s uniform over the path
     x = model.add_noise(x0, times[:1].to(x0.device), torch.randn_like(x0))    # pure noise where alpha_T = 0
     chosen = sampler.pick_steps(len(times), config.train_steps, config.pick)
-    return sampler.rollout(model, x, times, cond, uncond, config.guidance, chosen, config.leak)
+    return sampler.rollout(model, x, times, cond, uncond, config.guidance, chosen, config.leak,
+                           config.checkpoint)
 
 
-def pair(real, other, strength):
-    """Two pictures under one geometric draw and two colour draws."""
+def pair(real, other, config):
+    """Two pictures, augmented: colours always apart, geometry shared or apart."""
     draw = discriminator.geometry(len(real), real.device)
-    return discriminator.augment(real, draw, strength), discriminator.augment(other, draw, strength)
+    second = draw if config.geometry == "shared" else discriminator.geometry(len(real), real.device)
+    return (discriminator.augment(real, draw, config.augment),
+            discriminator.augment(other, second, config.augment))
 
 
 def generator_loss(model, critic, batch, config):
@@ -80,13 +90,13 @@ def generator_loss(model, critic, batch, config):
     if config.lambda_adv == 0:
         return {"diff": config.lambda_diff * diff}, None, cond
     fake = model.decode(simulate(model, x0, cond, uncond, config))            # with gradient, not clamped
-    adv = losses.hinge_generator(critic(*pair(batch.image, fake, config.augment), cond["pooled"]))
+    adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))
     return {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}, fake, cond   # ADT L_G
 
 
 def discriminator_loss(critic, batch, fake, cond, config):
     """-> L_D and its two logits. The real pair is one picture twice, augmented apart; the fake pair holds the
     real picture and what the model made of it."""
-    real = critic(*pair(batch.image, batch.image, config.augment), cond["pooled"])      # D(x_0, x_0')
-    made = critic(*pair(batch.image, fake.detach(), config.augment), cond["pooled"])    # D(x_0, sg[x0_hat])
+    real = critic(*pair(batch.image, batch.image, config), cond["pooled"])      # D(x_0, x_0')
+    made = critic(*pair(batch.image, fake.detach(), config), cond["pooled"])    # D(x_0, sg[x0_hat])
     return losses.hinge_real(real) + losses.hinge_fake(made), real, made                # ADT L_D

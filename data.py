@@ -325,7 +325,7 @@ def contact_sheet(source, path, n=96, seed=0):
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, text in zip(axes.flat, batch.image, batch.caption):
-        axis.imshow((picture.permute(1, 2, 0) + 1) / 2, interpolation="nearest")
+        axis.imshow((picture.permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
         axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top")
     figure.subplots_adjust(0, .04, 1, 1, .08, .42)
     figure.savefig(path, dpi=100)

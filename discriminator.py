@@ -20,21 +20,22 @@ import losses
 
 
 class Features(nn.Module):
-    """The frozen backbone: pictures in [-1, 1] -> token maps of the chosen blocks. It cannot be unfrozen."""
+    """The frozen backbone: pictures in [-1, 1] -> token maps of the chosen blocks. It cannot be unfrozen: its
+    weights become buffers, which `requires_grad_` does not reach, no optimiser collects, no checkpoint repeats."""
 
     def __init__(self, backbone, blocks=(0, 2, 4, 6)):
         """backbone(image) -> (token maps, CLS tokens), block 0 being the patch embedding."""
         super().__init__()
-        self.backbone = backbone.eval().requires_grad_(False)
-        self.blocks = tuple(blocks)
+        for module in backbone.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, weight.detach(), persistent=False)
+        self.backbone, self.blocks = backbone.eval(), tuple(blocks)
         with torch.no_grad():
             self.width = backbone(torch.zeros(1, 3, 32, 32))[0][0].shape[-1]
 
     def train(self, mode=True):
         return super().train(False)
-
-    def requires_grad_(self, requires_grad=True):
-        return super().requires_grad_(False)
 
     def forward(self, image):
         """(B, 3, H, W) -> one (B, N, D) per block: CLS is added to every patch token, then each token is
@@ -69,11 +70,13 @@ class Siamese(nn.Module):
       difference   head(|h(x) - h(y)|)                  the classic siamese network
     """
 
-    def __init__(self, features, variant="similarity", width=64):
+    def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()
         if variant not in ("similarity", "twin", "difference"):
             raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
-        self.features, self.variant = features, variant
+        if pool not in ("tokens", "mean"):
+            raise ValueError(f"unknown pooling '{pool}': wanted tokens or mean")
+        self.features, self.variant, self.pool = features, variant, pool
         def heads():
             return nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
         self.heads = heads()
@@ -93,6 +96,8 @@ class Siamese(nn.Module):
         for i, (x, y) in enumerate(zip(real, other)):        # (B, N, D) each
             y = self.heads[i](y)
             x = (self.real_heads if self.variant == "twin" else self.heads)[i](x)
+            if self.pool == "mean":
+                x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
             if self.variant == "similarity":
                 logits.append(self.scale * losses.cosine(x, y).mean(1) + self.bias)
             elif self.variant == "twin":
@@ -119,8 +124,8 @@ class Projected(nn.Module):
         return torch.cat(logits, 1)
 
 
-def build(variant, features, text_width):
-    return Projected(features, text_width) if variant == "projected" else Siamese(features, variant)
+def build(variant, features, text_width, pool="tokens"):
+    return Projected(features, text_width) if variant == "projected" else Siamese(features, variant, pool)
 
 
 # ------------------------------------------------------------------------------- differentiable augmentation

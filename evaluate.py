@@ -125,7 +125,7 @@ def picture(rows, path, captions=None, note=""):
                                 squeeze=False)
     for i, ((label, images), line) in enumerate(zip(rows, axes)):
         for j, (image, axis) in enumerate(zip(images, line)):
-            axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1), interpolation="nearest")
+            axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
             axis.set_xticks([]), axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if captions and i == 0:

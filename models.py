@@ -219,18 +219,20 @@ class Residual(nn.Module):
 
 class TinyUNet(nn.Module):
     """(B, 12, 16, 16) -> the same: two levels, like SD's U-Net in small. 64 channels at 16x16; at 8x8 wider,
-    with transformer blocks that read the caption's tokens. So shallow a network cannot count its way in from
-    the edges: learned positions tell it where it is when all it sees is noise."""
+    with transformer blocks that read the caption's tokens. Two helps for so shallow a network when all it sees
+    is noise: learned positions tell it where it is, a sketch straight from the caption what to look for."""
 
     def __init__(self, channels=12, width=64, deep=160, context=128, embedding=256):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(128, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.pooled = nn.Linear(context, embedding)
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.where = nn.Parameter(torch.randn(width, 16, 16) * .02)
-        self.where_deep = nn.Parameter(torch.randn(deep, 8, 8) * .02)
+        self.where = nn.Parameter(torch.randn(width, 16, 16) * .2)
+        self.where_deep = nn.Parameter(torch.randn(deep, 8, 8) * .2)
         self.down = nn.ModuleList(Residual(width, width, embedding) for _ in range(2))
         self.shrink = nn.Conv2d(width, deep, 3, stride=2, padding=1)
+        self.sketch = nn.Sequential(nn.Linear(context, 128), nn.GELU(), nn.Linear(128, 16 * 64))
+        self.ink = nn.Conv2d(16, deep, 1)
         self.middle = nn.ModuleList(Residual(deep, deep, embedding) for _ in range(4))
         self.attention = nn.ModuleList(Transformer(deep, context, 2) for _ in range(2))
         self.grow = nn.Conv2d(deep, width, 3, padding=1)
@@ -247,6 +249,7 @@ class TinyUNet(nn.Module):
         for block in self.down:
             skips.append(x := block(x, e))
         x = self.shrink(x) + self.where_deep                                  # (B, 160, 8, 8)
+        x = x + self.ink(self.sketch(pooled).view(-1, 16, 8, 8))
         for i, block in enumerate(self.middle):
             x = block(x, e)
             if i % 2:

@@ -33,13 +33,13 @@ class Recipe:
     batch: int
     lr: float
     ema: float = .999            # of the weights that are saved
-    warmup: int = 200            # steps from 0 to lr; afterwards a cosine down to 0
+    warmup: int = 200            # steps from 0 to lr
 
 
 RECIPES = {
     "judge": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
     "features": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
-    "denoiser": {"glyphs": Recipe(10000, 64, 1e-3), "fashion": Recipe(5000, 64, 1e-3)},
+    "denoiser": {"glyphs": Recipe(17000, 32, 1e-3), "fashion": Recipe(7000, 32, 1e-3)},
 }
 SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same random numbers twice
 
@@ -81,7 +81,7 @@ def denoiser_loss(model, batch):
     classifier-free guidance has something to push against."""
     captions = ["" if forget else c for c, forget in zip(batch.caption, torch.rand(len(batch.caption)) < .1)]
     x0 = model.encode(batch.image)
-    t = losses.sample_times(len(x0), model.T, "lognormal")
+    t = losses.sample_times(len(x0), model.T)
     return losses.diffusion_loss(model, x0, t, torch.randn_like(x0), model.condition(captions))
 
 
@@ -96,9 +96,8 @@ def make(which, source, target):
 
 
 def learning_rate(step, recipe):
-    """Linear warm-up, then half a cosine: the factor on recipe.lr."""
-    progress = torch.tensor(min(step / recipe.steps, 1.))
-    return min(1., (step + 1) / recipe.warmup) * float(.5 * (1 + torch.cos(torch.pi * progress)))
+    """The factor on recipe.lr: linear warm-up, a plateau, and a linear descent to 0 over the last third."""
+    return min((step + 1) / recipe.warmup, 1., 3 * (1 - step / recipe.steps))
 
 
 def fit(which, source, recipe, out, target="flow"):

@@ -23,6 +23,7 @@ import data
 import discriminator
 import evaluate
 import models
+import sampler
 
 METHODS = {"adt": (adt, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
 STEPS = 300                                                  # default length of a run
@@ -30,20 +31,35 @@ STEPS = 300                                                  # default length of
 
 # ---------------------------------------------------------------------------------------------- settings
 
+def read(kind, text):
+    """A setting from its text; a ValueError says what was wanted."""
+    choices = typing.get_args(kind) or ({"true": True, "false": False} if kind is bool else ())
+    if choices:
+        if text not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return choices[text] if kind is bool else text
+    try:
+        number = kind(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        raise ValueError("a whole number, 0 or more" if kind is int else "a number, 0 or more")
+    return number
+
+
 def settle(method, changes):
-    """Config of the method with `key=value` changes applied; an unknown key or a wrong type is a sentence."""
+    """Config of the method with `key=value` changes applied; an unknown key or a wrong value is a sentence."""
     module, preset = METHODS[method]
-    config = module.Config(**preset)
     kinds = typing.get_type_hints(module.Config)
     for change in changes:
         key, found, value = change.partition("=")
         if not found or key not in kinds:
             raise ValueError(f"--set {change}: wanted key=value with a key of {', '.join(kinds)}")
         try:
-            setattr(config, key, kinds[key](value))
-        except ValueError:
-            raise ValueError(f"--set {change}: {key} is a {kinds[key].__name__}") from None
-    return config
+            preset = {**preset, key: read(kinds[key], value)}
+        except ValueError as wanted:
+            raise ValueError(f"--set {change}: {key} is {wanted}") from None
+    return module.Config(**preset)
 
 
 def provenance(config):
@@ -68,7 +84,7 @@ class Run:
         self.source, self.steps, self.done = source, steps, 0
         self.average = deepcopy(model.network).requires_grad_(False)
         self.weights = list(model.network.parameters())
-        self.critic_weights = [p for n, p in critic.named_parameters() if not n.startswith("features")]
+        self.critic_weights = list(critic.parameters())
         self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(.9, .999), weight_decay=0.)
         self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
                                        weight_decay=0.)
@@ -206,10 +222,10 @@ def prepare(arguments):
         if not (out / "checkpoint.pt").is_file():
             raise FileNotFoundError(f"--resume {out}: wanted a run folder with checkpoint.pt, found none")
         plan = json.loads((out / "config.json").read_text())
-        plan["steps"] = arguments.steps or plan["steps"]
+        plan["steps"] = plan["steps"] if arguments.steps is None else arguments.steps
     else:
         plan = {"method": arguments.method, "model": arguments.model, "data": arguments.data,
-                "weights": arguments.weights, "seed": arguments.seed, "steps": arguments.steps or STEPS,
+                "weights": arguments.weights, "seed": arguments.seed, "steps": STEPS if arguments.steps is None else arguments.steps,
                 "set": arguments.set}
         out = Path(arguments.out or f"runs/{plan['method']}-{Path(plan['data']).name}-{plan['seed']}")
     if plan["method"] not in METHODS:
@@ -223,11 +239,12 @@ def prepare(arguments):
     source = data.build(plan["data"])
     model = models.build(plan["model"], source.name, plan["weights"])
     model.condition(source.words)                            # every word the data can say must be known
+    sampler.timeline(model.T, config.path_steps)
     torch.manual_seed(plan["seed"])
     features = discriminator.Features(models.features(source.name, plan["weights"]))
     with torch.no_grad():
         text_width = model.condition([""])["pooled"].shape[1]
-    critic = discriminator.build(config.variant, features, text_width)
+    critic = discriminator.build(config.variant, features, text_width, config.pool)
     examiner = (evaluate.Examiner(source, arguments.samples, weights=plan["weights"])
                 if arguments.samples else None)
     return plan, out, Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"]), examiner

@@ -78,7 +78,7 @@ def test_resume_is_bit_exact(tmp_path, method):
 def test_the_two_halves_leave_each_other_alone(glyphs):
     """After a whole step: the critic's gradients come from its own half, the generator's from its own."""
     plan, out, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=0", "--steps", "2"])[1])
-    frozen = {n: v.clone() for n, v in run.critic.features.state_dict().items()}
+    frozen = {n: v.clone() for n, v in run.critic.features.named_buffers()}
     text = {n: v.clone() for n, v in run.model.text.state_dict().items()}
     calls = []
     critic_forward = run.critic.forward
@@ -89,7 +89,7 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
     run.step()
     # watches the picture; learns from data alone
     assert calls == [(False, True), (True, False), (True, False)]
-    assert all(torch.equal(v, frozen[n]) for n, v in run.critic.features.state_dict().items())
+    assert all(torch.equal(v, frozen[n]) for n, v in run.critic.features.named_buffers())
     assert all(torch.equal(v, text[n]) for n, v in run.model.text.state_dict().items())
 
 
@@ -104,12 +104,17 @@ def test_a_discriminator_in_warm_up_does_not_teach():
     (["--data", "cats"], "no data set 'cats'"),
     (["--set", "lambda=1"], "wanted key=value with a key of path_steps"),
     (["--set", "batch"], "wanted key=value"),
-    (["--set", "batch=many"], "batch is a int"),
-    (["--set", "variant=triplet"], "wanted similarity"),
-    (["--set", "pick=first"], "wanted even"),
-    (["--set", "start=middle"], "image or text"),
-    (["--set", "times=sometimes"], "uniform or lognormal"),
-    (["--set", "path_steps=0"], "1 to 1000"),
+    (["--set", "batch=many"], "batch is a whole number"),
+    (["--set", "variant=triplet"], "one of similarity"),
+    (["--set", "pick=first"], "one of even"),
+    (["--set", "start=middle"], "one of image, text"),
+    (["--set", "times=sometimes"], "one of uniform, lognormal"),
+    (["--set", "path_steps=0"], "1 or more"),
+    (["--set", "path_steps=1001"], "1 to 1000"),
+    (["--set", "lr=nan"], "a number"),
+    (["--set", "lr=-1"], "a number"),
+    (["--set", "ema=1.5"], "between 0 and 1"),
+    (["--set", "checkpoint=maybe"], "true, false"),
     (["--set", "batch=0"], "batch"),
     (["--steps", "0"], "at least one step"),
     (["--samples", "10"], "200 samples"),
