@@ -4,7 +4,7 @@ Never one number alone: the Fréchet distance (distribution) stands beside promp
 precision (fidelity) and recall (diversity), and beside what real pictures score under the same judge and
 sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
-    python evaluate.py base runs/adt-glyphs-0 --steps 4,10,50          Read next: notebooks/
+    python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50          Read next: notebooks/
 """
 
 import argparse

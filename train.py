@@ -205,7 +205,7 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int,
                         help=f"length of the whole run, also on resume (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="run folder (default runs/METHOD-DATA-SEED)")
+    parser.add_argument("--out", help="run folder (default: under runs/, named for method, data, settings and seed)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
@@ -227,7 +227,8 @@ def prepare(arguments):
         plan = {"method": arguments.method, "model": arguments.model, "data": arguments.data,
                 "weights": arguments.weights, "seed": arguments.seed, "steps": STEPS if arguments.steps is None else arguments.steps,
                 "set": arguments.set}
-        out = Path(arguments.out or f"runs/{plan['method']}-{Path(plan['data']).name}-{plan['seed']}")
+        words = [plan["method"], Path(plan["data"]).name, *plan["set"], f"seed{plan['seed']}"]
+        out = Path(arguments.out or f"runs/{'-'.join(words)}")
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
     if plan["steps"] < 1:
