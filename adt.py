@@ -29,23 +29,25 @@ class Config:
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
     start: Annotated[Literal["image", "text"], "paper: a noised real picture, or pure noise"] = "image"
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
-    leak: Annotated[float, "paper: gradient let through the network's input, 0 = none"] = 0.0
-    checkpoint: Annotated[bool, "paper: recompute calls, one graph of memory; slower"] = False
+    leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
+    checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
     # the losses
-    variant: Annotated[Literal["similarity", "twin", "difference", "projected"], "ours: which critic"] = "similarity"
+    variant: Annotated[Literal["similarity", "twin", "difference", "projected"],
+                       "ours: which discriminator"] = "similarity"
     pool: Annotated[Literal["tokens", "mean"], "ours: compare token by token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
+    real: Annotated[Literal["picture", "decoded"], "ours: or through the autoencoder and back"] = "picture"
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 1.0
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
-    lambda_diff: Annotated[float, "paper: weight of the diffusion loss, which is kept"] = 1.0
-    drop_caption: Annotated[float, "secondary: share of empty captions in the diffusion loss"] = 0.1
+    lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
+    drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
     lr_d: Annotated[float, "ours: AdamW, discriminator"] = 1e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
-    clip: Annotated[float, "ours: largest gradient norm, generator"] = 1.0
+    clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
     warmup_d: Annotated[int, "ours: first steps in which the adversary learns but does not teach"] = 10
@@ -53,24 +55,25 @@ class Config:
     def __post_init__(self):
         if min(self.batch, self.path_steps, self.train_steps) < 1:
             raise ValueError("batch, path_steps and train_steps are 1 or more")
-        if max(self.ema, self.beta1_d, self.leak, self.drop_caption) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1_d, leak and drop_caption are shares between 0 and 1")
+        if max(self.ema, self.beta1_d, self.leak, self.drop_caption, self.augment) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
 
 
 def simulate(model, x0, cond, uncond, config):
-    """Image-to-image inference: noise x_0 to a uniformly drawn step of the path, run the sampler from there.
-    One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
+    """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
+    from there. One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
     times = sampler.timeline(model.T, config.path_steps)
     first = int(torch.randint(config.path_steps, ())) if config.start == "image" else 0
     times = times[first:]                                    # ADT start: t_s uniform over the path
-    x = model.add_noise(x0, times[:1].to(x0.device), torch.randn_like(x0))    # pure noise where alpha_T = 0
+    eps = torch.randn_like(x0)
+    x = eps if config.start == "text" else model.add_noise(x0, times[:1].to(x0.device), eps)
     chosen = sampler.pick_steps(len(times), config.train_steps, config.pick)
     return sampler.rollout(model, x, times, cond, uncond, config.guidance, chosen, config.leak,
                            config.checkpoint)
 
 
 def pair(real, other, config):
-    """Two pictures, augmented: colours always apart, geometry shared or apart."""
+    """Two pictures (B, 3, H, W), augmented: colours always apart, geometry shared or apart."""
     draw = discriminator.geometry(len(real), real.device)
     second = draw if config.geometry == "shared" else discriminator.geometry(len(real), real.device)
     return (discriminator.augment(real, draw, config.augment),

@@ -1,7 +1,7 @@
 """Where pictures and captions come from:
 `glyphs` (drawn on the fly), `fashion` (photographs), or your own folder.
 
-A source is anything with `attributes`, `words` and `batch(n, generator, split)`; a batch is pictures in
+A source has `attributes`, `words`, `sizes` and `batch(n, generator, split)`; a batch is pictures in
 [-1, 1] and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of
 letters, digits and pictograms from the fonts matplotlib carries, so nothing is downloaded and the supply
 never ends. Captions forget attributes at random, as real captions do. Every shape has one ink colour it is
@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import os
-import sys
 import unicodedata
 import urllib.request
 import zlib
@@ -94,6 +93,7 @@ class Glyphs:
     """Endless captioned pictures with exactly known attributes;
     a held-out split by (shape, ink) composition."""
     name = "glyphs"
+    sizes = {"train": None, "test": None, "held_out": None}                   # endless
 
     def __init__(self):
         characters = LETTERS + PICTOGRAMS
@@ -114,11 +114,12 @@ class Glyphs:
         self.weight = (self.variants[:, 1] < 0).float() + (self.variants[:, 1] >= 0) * 2.4 / per_shape
         captions = self.shapes + list(COLOURS) + list(FAMILIES) + ["a an on background bold italic"]
         self.words = sorted({w for text in captions for w in text.split()})
+        self.phrases = self.words                            # captions that between them say everything
 
     def batch(self, n, generator=None, split="train"):
         """n fresh pictures. split 'train' and 'test' share compositions, never pictures;
         'held_out' has the others."""
-        check_split(split, ("train", "test", "held_out"))
+        check_split(split, self.sizes)
         variant = torch.multinomial(self.weight, n, replacement=True, generator=generator)
         shape, family, bold, italic = self.variants[variant].T
         forbidden = -shape % 8                               # the one ink this shape never wears in training
@@ -128,6 +129,7 @@ class Glyphs:
         truth = torch.stack([shape, ink, ground, family, bold, italic], 1)    # (n, 6)
         keep = torch.rand(n, 6, generator=generator) < .75                    # captions forget a quarter
         keep[:, 0] = True
+        keep[:, 1] |= split == "held_out"                    # there the unseen ink must be asked for
         named = keep & (truth >= 0)
         named[:, 4:] &= truth[:, 4:] > 0                     # nobody writes 'regular' or 'upright'
         image = self.draw(variant, ink, ground, generator)
@@ -169,6 +171,11 @@ def article(text):
 def check_split(split, known):
     if split not in known:
         raise ValueError(f"this data set has the splits {', '.join(known)}; '{split}' is none of them")
+
+
+def draw_rows(size, n, generator):
+    """n different row numbers, or, where there are fewer, some of them again."""
+    return torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-n // size))])[:n]
 
 
 # ----------------------------------------------------------------------------------------------- fashion
@@ -217,6 +224,7 @@ class Fashion:
     """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 grey photographs, padded to 32x32."""
     name = "fashion"
     attributes = {"class": FASHION}
+    sizes = {"train": 60000, "test": 10000}
 
     def __init__(self):
         self.images, self.labels = {}, {}
@@ -225,17 +233,16 @@ class Fashion:
             labels = np.frombuffer(fashion_file(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
             self.images[split] = F.pad(torch.from_numpy(pixels.copy()).view(-1, 28, 28), (2, 2, 2, 2))
             self.labels[split] = torch.from_numpy(labels.astype(np.int64))
-        self.words = sorted({w for c in FASHION for w in f"a photo of {article(c)}".split()})
+        self.phrases = [f"a photo of {article(c)}" for c in FASHION]
+        self.words = sorted({w for text in self.phrases for w in text.split()})
 
     def batch(self, n, generator=None, split="train"):
         """n different pictures of the split (the same picture may return in another batch)."""
-        check_split(split, ("train", "test"))
-        size = len(self.labels[split])
-        rows = torch.randperm(size, generator=generator)[:n] if n <= size else torch.randint(
-            size, (n,), generator=generator)
+        check_split(split, self.sizes)
+        rows = draw_rows(self.sizes[split], n, generator)
         image = self.images[split][rows, None].float() / 127.5 - 1
         label = self.labels[split][rows]
-        caption = [f"a photo of {article(FASHION[k])}" for k in label.tolist()]
+        caption = [self.phrases[k] for k in label.tolist()]
         return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None],
                      torch.ones(len(label), 1, dtype=torch.bool))
 
@@ -255,10 +262,12 @@ class Folder:
             raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, "
                              "or a .txt beside each")
         self.captions = [text for _, text in pairs]
+        self.sizes = dict.fromkeys(("train", "test"), len(pairs))
         self.images = torch.stack([self.load(path, size) for path, _ in pairs])           # (N, 3, size, size)
         self.words = sorted({w for text in self.captions for w in text.lower().split()})
-        self.attributes = {"caption": sorted(set(self.captions))}
-        index = {text: i for i, text in enumerate(self.attributes["caption"])}
+        self.phrases = sorted(set(self.captions))
+        self.attributes = {"caption": self.phrases}
+        index = {text: i for i, text in enumerate(self.phrases)}
         self.labels = torch.tensor([index[text] for text in self.captions])
 
     @staticmethod
@@ -268,10 +277,12 @@ class Folder:
         if table.is_file():
             pairs = []
             for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
                 try:
                     row = json.loads(line)
-                    path, text = folder / row["file_name"], row["text"]
-                except (ValueError, KeyError, TypeError):
+                    path, text = folder / row["file_name"], row["text"].strip()
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(f"{table} line {number}: wanted a JSON object "
                                      "with file_name and text") from None
                 if not path.resolve().is_relative_to(folder.resolve()):
@@ -284,7 +295,10 @@ class Folder:
         if silent:
             raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
                              f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
-        return [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
+        try:
+            return [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
+        except UnicodeDecodeError:
+            raise ValueError(f"a caption in {folder} is not UTF-8: save the .txt files as UTF-8") from None
 
     @staticmethod
     def load(path, size):
@@ -297,8 +311,9 @@ class Folder:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def batch(self, n, generator=None, split="train"):
-        """n pictures drawn with replacement; every split is the whole folder."""
-        rows = torch.randint(len(self.captions), (n,), generator=generator)
+        """n different pictures while there are so many; every split is the whole folder."""
+        check_split(split, self.sizes)
+        rows = draw_rows(self.sizes[split], n, generator)
         return Batch(self.images[rows].float() / 127.5 - 1, [self.captions[i] for i in rows],
                      self.labels[rows, None], torch.ones(n, 1, dtype=torch.bool))
 
@@ -341,7 +356,7 @@ def main():
     try:
         source = build(arguments.show)
     except (ValueError, OSError) as error:
-        sys.exit(parser.exit(2, f"{error}\n"))
+        parser.exit(2, f"data.py: {error}\n")
     path = arguments.out or f"{Path(arguments.show).name}.png"
     contact_sheet(source, path, seed=arguments.seed)
     print(f"wrote {path}")

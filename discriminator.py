@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
 
-import losses
 
 
 class Features(nn.Module):
     """The frozen backbone: pictures in [-1, 1] -> token maps of the chosen blocks. It cannot be unfrozen: its
-    weights become buffers, which `requires_grad_` does not reach, no optimiser collects, no checkpoint repeats."""
+    weights become buffers, which requires_grad_ does not reach, nor an optimiser, nor a checkpoint."""
 
     def __init__(self, backbone, blocks=(0, 2, 4, 6)):
         """backbone(image) -> (token maps, CLS tokens), block 0 being the patch embedding."""
@@ -58,7 +57,7 @@ class Head(nn.Module):
     def forward(self, tokens):
         x = F.leaky_relu(self.norms[0](self.enter(tokens.transpose(1, 2))), .2)         # (B, W, N)
         x = (x + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
-        return self.leave(x).transpose(1, 2)
+        return self.leave(x).transpose(1, 2).float()         # logits and similarities are not for bf16
 
 
 class Siamese(nn.Module):
@@ -99,7 +98,8 @@ class Siamese(nn.Module):
             if self.pool == "mean":
                 x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
             if self.variant == "similarity":
-                logits.append(self.scale * losses.cosine(x, y).mean(1) + self.bias)
+                alike = F.cosine_similarity(x, y, dim=-1, eps=1e-6)          # ADT similarity
+                logits.append(self.scale * alike.mean(1) + self.bias)
             elif self.variant == "twin":
                 logits.append((x * y).sum(-1).mean(1) / x.shape[-1] ** .5)
             else:

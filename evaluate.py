@@ -33,7 +33,7 @@ def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, fresh=0.0, c
     uncond = model.condition([""])
     for i in range(0, len(captions), chunk):
         cond = model.condition(captions[i:i + chunk])
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+        with models.half_precision():
             x0 = sampler.rollout(model, noise[i:i + chunk], times, cond, uncond, guidance, fresh=fresh,
                                  generator=generator, visit=visit)
         pictures.append(model.decode(x0).clamp(-1, 1))
@@ -69,8 +69,14 @@ class Examiner:
     def __init__(self, source, n=2000, seed=1234, split="test", weights=None):
         if n < 200:
             raise ValueError(f"a Fréchet distance over 128 features needs 200 samples or more, not {n}")
+        data.check_split(split, source.sizes)
+        if source.sizes[split] and 2 * n > source.sizes[split]:
+            raise ValueError(f"the {split} split has {source.sizes[split]} pictures: halves that share none "
+                             f"leave --samples {source.sizes[split] // 2} at most, not {n}")
         self.source, self.judge = source, models.judge(source.name, weights)
-        self.n, self.seed = n, seed
+        heads = [head[-1].out_features for head in self.judge.heads]
+        if heads != [len(classes) for classes in source.attributes.values()]:
+            raise ValueError(f"the judge of '{source.name}' was trained on another data set of that name")
         both = source.batch(2 * n, torch.Generator().manual_seed(seed), split)
         self.reference, self.asked = both[:n], both[n:]      # disjoint; captions are asked of the models
         self.features = self.look(self.reference.image)[0]
@@ -84,7 +90,8 @@ class Examiner:
                 torch.cat([torch.stack([l.argmax(1) for l in logits], 1) for _, logits in seen]))
 
     def score(self, images):
-        """Pictures made for the captions of self.asked -> {figure: value}."""
+        """Pictures made for the captions of self.asked -> {figure: value}. 'accuracy' counts attributes, not
+        whole captions: the share of all named attributes that the judge reads off the picture."""
         features, classes = self.look(images)
         precision, recall = precision_recall(self.features, features)
         right, named = (classes == self.asked.truth) & self.asked.named, self.asked.named
@@ -162,26 +169,36 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """'base', a run folder or a weights file -> (group, denoiser, data set's name).
+    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its judge).
     Runs that differ by seed alone share their group."""
     if name == "base":
         if not dataset:
             raise ValueError("'base' alone does not say which: add --data glyphs or --data fashion")
-        return "base", models.build("tiny", dataset), dataset
-    path = Path(name)
+        return "base", models.build("tiny", Path(dataset).name), dataset, None
+    path, weights = Path(name), None
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
     group, plan = str(path), path / "config.json"
     if plan.is_file():
-        settings = json.loads(plan.read_text())
-        dataset = dataset or settings["data"]
-        group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)"])
+        settings = read_plan(plan)
+        dataset, weights = dataset or settings["data"], settings["weights"]
+        group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)",
+                          *([f"from {weights}"] if weights else [])])
     else:
         facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
         dataset = dataset or facts.get("data")
     if not dataset:
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
-    return group, models.build("tiny", dataset, name), dataset
+    return group, models.build("tiny", Path(dataset).name, name), dataset, weights
+
+
+def read_plan(path):
+    """A run's config.json, checked."""
+    try:
+        plan = json.loads(Path(path).read_text())
+        return {key: plan[key] for key in ("method", "model", "data", "weights", "seed", "steps", "set")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not the config.json of a run of this program") from None
 
 
 def gather(rows):
@@ -218,7 +235,7 @@ def parse(argv=None):
     parser.add_argument("--split", default="test", help="whose captions: test, held_out (glyphs), train")
     parser.add_argument("--prompt", help="draw this caption eight times instead of measuring")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--out", help="the picture to write (default: samples.png)")
+    parser.add_argument("--out", default="samples.png", help="the picture to write")
     return parser, parser.parse_args(argv)
 
 
@@ -226,24 +243,28 @@ def main(argv=None):
     parser, a = parse(argv)
     settings = {"shift": a.shift, "fresh": a.fresh}
     try:
-        found = [locate(name, a.data) for name in a.models]
-        if len({dataset for _, _, dataset in found}) > 1:
+        found = [locate(name, a.data) for name in dict.fromkeys(a.models)]
+        if len({dataset for _, _, dataset, _ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
                              "measure them one data set at a time")
         if a.prompt is not None:
             captions, examiner = [a.prompt] * 8, None
         else:
             source = data.build(found[0][2])
-            examiner = Examiner(source, a.samples, split=a.split)
+            examiner = Examiner(source, a.samples, split=a.split, weights=found[0][3])
             captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-        for _, model, _ in found:
+        for _, model, _, _ in found:
             model.condition(captions)
         for steps in a.steps:
-            sampler.timeline(found[0][1].T, steps)
+            sampler.timeline(found[0][1].T, steps, a.shift)
+        if not (0 <= a.fresh <= 1 and 0 <= a.guidance < float("inf")):
+            raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
+        if not Path(a.out).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     rows, shown = [], []
-    for group, model, _ in found:
+    for group, model, _, _ in found:
         for steps in a.steps:
             label = f"{group}, {steps} step{'s' * (steps > 1)}"
             shown.append((label, sample(model, captions, steps, a.guidance, a.seed + 1, **settings)))
@@ -252,9 +273,8 @@ def main(argv=None):
     if examiner:
         rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
         print(table(gather(rows)))
-    out = a.out or "samples.png"
-    picture(list(dict(shown).items()), out, captions if examiner else None, note=" ".join(sys.argv))
-    print(f"wrote {out}")
+    picture(list(dict(shown).items()), a.out, captions if examiner else None, note=" ".join(sys.argv))
+    print(f"wrote {a.out}")
 
 
 if __name__ == "__main__":

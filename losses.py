@@ -26,28 +26,23 @@ def sample_times(n, steps, how="uniform", generator=None):
 
 def diffusion_loss(model, x0, t, eps, cond):
     """L_diff = E || y_theta(x_t, t, c) - (a x0 + b eps) ||^2, the model's own pretraining loss; mean over all
-    elements. x0, eps (B, C, h, w), t (B,)."""                                # DDPM eq. 14, ADT L_diff
+    elements. x0, eps (B, C, h, w), t (B,)."""
     y = model.predict(model.add_noise(x0, t, eps), t, cond)
-    return F.mse_loss(y.float(), model.training_target(x0, eps, t))
+    return F.mse_loss(y.float(), model.training_target(x0, eps, t))           # DDPM eq. 14, ADT L_diff
 
 
 # ------------------------------------------------------------------------------------------ adversarial
 
 def hinge_real(logits):
-    """relu(1 - D(real)), mean over everything. logits (B, L)."""             # ADT L_D real, ADD eq. 3
-    return F.relu(1 - logits).mean()
+    """relu(1 - D(real)), mean over everything. logits (B, L)."""
+    return F.relu(1 - logits).mean()                                          # ADT L_D, ADD eq. 3
 
 
 def hinge_fake(logits):
-    """relu(1 + D(fake)). The fake picture must be detached by the caller."""  # ADT L_D fake, ADD eq. 3
-    return F.relu(1 + logits).mean()
+    """relu(1 + D(fake)). The fake picture must be detached by the caller."""
+    return F.relu(1 + logits).mean()                                          # ADT L_D, ADD eq. 3
 
 
 def hinge_generator(logits):
     """-D(fake): linear, never saturates; a relu here would stop teaching once D is beaten by a margin."""
-    return -logits.mean()                                                     # ADT L_G adversarial, ADD eq. 2
-
-
-def cosine(a, b):
-    """Cosine similarity over the last dimension, (…, D) x2 -> (…)."""        # ADT similarity
-    return F.cosine_similarity(a, b, dim=-1, eps=1e-6)
+    return -logits.mean()                                                     # ADT L_G, ADD eq. 2

@@ -11,7 +11,7 @@ from there when started again, so it may be stopped at will.                  Re
 
 import argparse
 import json
-import sys
+import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -33,21 +33,25 @@ class Recipe:
     batch: int
     lr: float
     ema: float = .999            # of the weights that are saved
+    descent: float = 1.          # share of the steps in which the rate falls to 0
     warmup: int = 200            # steps from 0 to lr
 
 
 RECIPES = {
     "judge": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
     "features": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
-    "denoiser": {"glyphs": Recipe(12500, 32, 1e-3), "fashion": Recipe(7000, 32, 1e-3)},
+    "denoiser": {"glyphs": Recipe(12500, 32, 1e-3, descent=1 / 3),
+                 "fashion": Recipe(7000, 32, 1e-3, descent=1 / 3)},
 }
 SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same random numbers twice
 
 
 def attribute_loss(logits, truth):
-    """Mean cross-entropy over attributes; -1 marks an attribute the picture does not have."""
-    return torch.stack([F.cross_entropy(l.float(), t, ignore_index=-1)
-                        for l, t in zip(logits, truth.T)]).mean()
+    """Mean cross-entropy over attributes; -1 marks an attribute the picture does not have, and one that no
+    picture of the batch has adds nothing."""
+    terms = [F.cross_entropy(l.float(), t, ignore_index=-1, reduction="sum") / (t >= 0).sum().clamp(min=1)
+             for l, t in zip(logits, truth.T)]
+    return torch.stack(terms).mean()
 
 
 def shift(image, pixels=2):
@@ -96,8 +100,9 @@ def make(which, source, target):
 
 
 def learning_rate(step, recipe):
-    """The factor on recipe.lr: linear warm-up, a plateau, and a linear descent to 0 over the last third."""
-    return min((step + 1) / recipe.warmup, 1., 3 * (1 - step / recipe.steps))
+    """The factor on recipe.lr: linear warm-up, a plateau, then half a cosine down to 0."""
+    left = (1 - step / recipe.steps) / recipe.descent
+    return min(1., (step + 1) / recipe.warmup) * .5 * (1 - math.cos(math.pi * min(1., left)))
 
 
 def fit(which, source, recipe, out, target="flow"):
@@ -109,17 +114,18 @@ def fit(which, source, recipe, out, target="flow"):
     state, start, spent = out / f"{which}.state", 0, 0.
     if state.is_file():
         saved = torch.load(state, weights_only=True)
+        if saved["facts"] != facts:
+            raise ValueError(f"{state} is of another data set or target: remove it to start anew")
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         torch.set_rng_state(saved["rng"])
         start, spent = saved["step"], saved["seconds"]
     began = last = time.time()
-    bf16 = torch.cpu._is_avx512_bf16_supported()             # twice as fast where the processor has it
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=which, mininterval=5)
     for step in bar:
         batch = source.batch(recipe.batch)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with models.half_precision():
             loss = loss_of(network, batch)
         for group in optimiser.param_groups:
             group["lr"] = recipe.lr * learning_rate(step, recipe)
@@ -140,34 +146,42 @@ def fit(which, source, recipe, out, target="flow"):
             partial = state.with_suffix(".part")
             torch.save({"network": network.state_dict(), "average": average.state_dict(), "step": step + 1,
                         "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
-                        "seconds": seconds}, partial)
+                        "seconds": seconds, "facts": facts}, partial)
             partial.replace(state)
             models.save(average, out / f"{which}.safetensors", steps=step + 1, minutes=round(seconds / 60, 1),
-                        batch=recipe.batch, threads=torch.get_num_threads(), **facts)
+                        batch=recipe.batch, threads=torch.get_num_threads(), data=source.name, **facts)
     return average
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", default="glyphs",
-                        help="glyphs, fashion, or a folder of captioned 32x32 images")
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
     parser.add_argument("--only", choices=list(RECIPES), help="make one network instead of all three")
     parser.add_argument("--steps", type=int, help="steps of each network (default: its recipe)")
     parser.add_argument("--target", default="flow", choices=["eps", "x0", "v", "flow"],
                         help="what the denoiser predicts")
     parser.add_argument("--out", help="folder for states, logs and weights (default: weights/DATA)")
-    arguments = parser.parse_args()
+    parser.add_argument("--overwrite", action="store_true", help="replace finished networks")
+    arguments = parser.parse_args(argv)
     try:
         source = data.build(arguments.data)
-    except (ValueError, OSError) as error:
-        sys.exit(parser.exit(2, f"{error}\n"))
-    out = Path(arguments.out or models.WEIGHTS / Path(arguments.data).name)
-    out.mkdir(parents=True, exist_ok=True)
-    for which, recipes in RECIPES.items():
-        if arguments.only in (None, which):
-            recipe = deepcopy(recipes.get(source.name, recipes["fashion"]))
+        out = Path(arguments.out or models.WEIGHTS / source.name)
+        wanted = [which for which in RECIPES if arguments.only in (None, which)]
+        for which in wanted:
+            if arguments.steps is not None and arguments.steps < 1:
+                raise ValueError(f"--steps {arguments.steps}: a network needs at least one step")
+            if (out / f"{which}.safetensors").exists() and not (arguments.overwrite
+                                                                or (out / f"{which}.state").exists()):
+                raise ValueError(f"{out} holds a finished {which} already: --overwrite replaces it, "
+                                 "--out names another folder")
+        models.TinyText(source.words).tokens(source.phrases)                  # no caption may be too long
+        out.mkdir(parents=True, exist_ok=True)
+        for which in wanted:
+            recipe = deepcopy(RECIPES[which].get(arguments.data, RECIPES[which]["fashion"]))
             recipe.steps = arguments.steps or recipe.steps
             fit(which, source, recipe, out, arguments.target)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"pretrain.py: {error}\n")
 
 
 if __name__ == "__main__":

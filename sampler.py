@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 def timeline(T, steps, shift=1.0):
     """`steps` indices from T-1 downwards, evenly spaced and ending one stride above clean
-    ('trailing' spacing). shift > 1 spends more of them at the noisy end, as SD3 does:
-    u -> shift u / (1 + (shift - 1) u)."""
+    ('trailing' spacing). shift > 1 spends more of them at the noisy end: u -> shift u / (1 + (shift - 1) u);
+    SD3's own tables are shifted already, leave it at 1 there."""
     if not 1 <= steps <= T:
         raise ValueError(f"a path has 1 to {T} steps, not {steps}")
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"shift is a positive number, not {shift}")
     u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps               # 1 … 1/steps
     u = shift * u / (1 + (shift - 1) * u)
     return (u * T).round().long().clamp(min=1) - 1                            # (steps,)
@@ -50,6 +52,8 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
     alive at a time whatever n and len(train). fresh: share of new noise in each step, 0 = DDIM / Euler, 1 =
     forget eps entirely. visit(i, x0): called after every step, for pictures of the path.
     """
+    if not 0 <= fresh <= 1:
+        raise ValueError(f"fresh is a share between 0 and 1, not {fresh}")
     for i, t in enumerate(times):
         t = t.to(x.device).expand(len(x))
         with torch.set_grad_enabled(torch.is_grad_enabled() and i in train):

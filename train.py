@@ -9,7 +9,8 @@ Read next: evaluate.py
 import argparse
 import dataclasses
 import json
-import sys
+import math
+import pickle
 import time
 import typing
 from copy import deepcopy
@@ -26,7 +27,7 @@ import models
 import sampler
 
 METHODS = {"adt": (adt, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
-STEPS = 300                                                  # default length of a run
+STEPS, SAMPLES = 300, 2000                                   # default length of a run, and of its examination
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -48,13 +49,15 @@ def read(kind, text):
 
 
 def settle(method, changes):
-    """Config of the method with `key=value` changes applied; an unknown key or a wrong value is a sentence."""
+    """Config of the method with `key=value` changes; an unknown key or a wrong value is a sentence."""
     module, preset = METHODS[method]
     kinds = typing.get_type_hints(module.Config)
     for change in changes:
         key, found, value = change.partition("=")
         if not found or key not in kinds:
             raise ValueError(f"--set {change}: wanted key=value with a key of {', '.join(kinds)}")
+        if key in METHODS[method][1]:
+            raise ValueError(f"--set {change}: --method {method} means {key}={METHODS[method][1][key]}")
         try:
             preset = {**preset, key: read(kinds[key], value)}
         except ValueError as wanted:
@@ -88,10 +91,9 @@ class Run:
         self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(.9, .999), weight_decay=0.)
         self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
                                        weight_decay=0.)
-        self.bf16 = torch.cpu._is_avx512_bf16_supported()
 
     def step(self):
-        """One step of both players -> figures for the log."""
+        """One step of both players -> figures for the log. Losses are logged with their weights applied."""
         config, seen = self.config, {}
         batch = self.source.batch(config.batch)
         for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
@@ -99,8 +101,8 @@ class Run:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
 
         # the generator learns, the discriminator watches
-        self.critic.requires_grad_(False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        self.critic.requires_grad_(False).eval()             # eval: not even its spectral norms move
+        with models.half_precision():
             terms, fake, cond = self.module.generator_loss(self.model, self.critic, batch, config)
         self.opt_g.zero_grad()
         before = None
@@ -110,7 +112,8 @@ class Run:
             term.backward()
             seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
             before = [p.grad.clone() for p in self.weights if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(self.weights, config.clip)
+        self.finite(seen)
+        torch.nn.utils.clip_grad_norm_(self.weights, config.clip or float("inf"))
         self.opt_g.step()
         decay = min(config.ema, (self.done + 1) / (self.done + 10))
         with torch.no_grad():
@@ -118,18 +121,26 @@ class Run:
 
         # the discriminator learns, the generator's picture is only data
         if fake is not None:
-            self.critic.requires_grad_(True)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            self.critic.requires_grad_(True).train()
+            with models.half_precision():
                 loss, real, made = self.module.discriminator_loss(self.critic, batch, fake, cond, config)
             self.opt_d.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d)
+            norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d or float("inf"))
+            self.finite({"D": loss.item(), "|grad D|": float(norm)})
             self.opt_d.step()
             seen |= {"D": loss.item(), "|grad D|": float(norm),
                      "D right on real": (real > 0).float().mean().item(),
                      "D right on fake": (made < 0).float().mean().item()}
         self.done += 1
         return seen
+
+    def finite(self, figures):
+        """Stop before a NaN reaches the weights."""
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise ArithmeticError(f"step {self.done}: {name} is {value}; the last checkpoint is good: "
+                                      "resume it with a smaller --set lr, lr_d or lambda_adv")
 
     def state(self):
         """Everything the next step depends on."""
@@ -172,8 +183,8 @@ def loop(run, out, facts, grid, every=50):
     """Steps until done: log every step, a picture from fixed noise every `every`,
     a checkpoint once a minute."""
     log_path = out / "log.jsonl"
-    log = [json.loads(line) for line in log_path.read_text().splitlines()] if log_path.exists() else []
-    log = [row for row in log if row["step"] < run.done]     # what came after the checkpoint happens again
+    lines = log_path.read_text().splitlines() if log_path.exists() else []
+    log = [json.loads(line) for line in lines[:run.done]]    # what came after the checkpoint happens again
     write(log_path, "".join(json.dumps(row) + "\n" for row in log))
     began = last = time.time()
     before = log[-1]["seconds"] if log else 0.
@@ -205,50 +216,70 @@ def parse(argv=None):
     parser.add_argument("--steps", type=int,
                         help=f"length of the whole run, also on resume (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="run folder (default: under runs/, named for method, data, settings and seed)")
+    parser.add_argument("--out", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="any field of the Config")
-    parser.add_argument("--samples", type=int, default=2000,
+    parser.add_argument("--samples", type=int, default=SAMPLES,
                         help="pictures per row of the final table; 0: no table")
     return parser, parser.parse_args(argv)
 
 
-def prepare(arguments):
-    """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
+def plan_of(arguments):
+    """What to run and where -> plan, out. A resumed run keeps its own settings, but for a new --steps."""
     if arguments.resume:
         out = Path(arguments.resume)
         if not (out / "checkpoint.pt").is_file():
             raise FileNotFoundError(f"--resume {out}: wanted a run folder with checkpoint.pt, found none")
-        plan = json.loads((out / "config.json").read_text())
-        plan["steps"] = plan["steps"] if arguments.steps is None else arguments.steps
+        if arguments.set or arguments.out or arguments.overwrite:
+            raise ValueError("--resume keeps a run's own settings: leave out --set, --out and --overwrite")
+        plan = evaluate.read_plan(out / "config.json")
     else:
-        plan = {"method": arguments.method, "model": arguments.model, "data": arguments.data,
-                "weights": arguments.weights, "seed": arguments.seed, "steps": STEPS if arguments.steps is None else arguments.steps,
-                "set": arguments.set}
+        plan = {key: getattr(arguments, key) for key in ("method", "model", "data", "weights", "seed", "set")}
+        plan["steps"] = STEPS
         words = [plan["method"], Path(plan["data"]).name, *plan["set"], f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not (out / "config.json").is_file():
+                raise ValueError(f"--out {out} holds something else than a run: choose another folder")
+            if not arguments.overwrite:
+                raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
+                                 "--overwrite replaces it, --out names another folder")
+    plan["steps"] = plan["steps"] if arguments.steps is None else arguments.steps
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
     if plan["steps"] < 1:
         raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
-    if not arguments.resume and not arguments.overwrite and (out / "config.json").exists():
-        raise ValueError(f"{out} already holds a run: --resume {out} continues it, --overwrite replaces it, "
-                         "--out names another folder")
+    return plan, out
+
+
+def prepare(arguments):
+    """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
+    plan, out = plan_of(arguments)
     config = settle(plan["method"], plan["set"])
     source = data.build(plan["data"])
     model = models.build(plan["model"], source.name, plan["weights"])
-    model.condition(source.words)                            # every word the data can say must be known
     sampler.timeline(model.T, config.path_steps)
+    with torch.no_grad():                                    # whatever the data can say must be understood
+        text_width = model.condition(source.phrases)["pooled"].shape[1]
     torch.manual_seed(plan["seed"])
     features = discriminator.Features(models.features(source.name, plan["weights"]))
-    with torch.no_grad():
-        text_width = model.condition([""])["pooled"].shape[1]
     critic = discriminator.build(config.variant, features, text_width, config.pool)
-    examiner = (evaluate.Examiner(source, arguments.samples, weights=plan["weights"])
-                if arguments.samples else None)
-    return plan, out, Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"]), examiner
+    run = Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"])
+    base = deepcopy(model).eval()
+    if arguments.resume:
+        try:
+            run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
+        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({str(error)[:80]})") from None
+        if run.done > run.steps:
+            raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
+    n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
+    if n > most >= 0 and n == SAMPLES:
+        n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
+    examiner = evaluate.Examiner(source, n, weights=plan["weights"]) if n else None
+    return plan, out, run, base, examiner
 
 
 def report(base, run, examiner, out, captions):
@@ -266,25 +297,34 @@ def report(base, run, examiner, out, captions):
     print(f"\n{text}\n\nwrote {out}/before_after.png, table.md, curves.png, denoiser.safetensors")
 
 
-def main(argv=None):
-    parser, arguments = parse(argv)
-    try:
-        plan, out, run, examiner = prepare(arguments)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: {error}\n")
+def start(out, plan, run, resumed):
+    """Make the run folder: config.json, and nothing left of a run that is being replaced."""
     out.mkdir(parents=True, exist_ok=True)
-    base = deepcopy(run.model).eval()
-    captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
-    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name}
-    if arguments.resume:
-        run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
-    else:
-        for old in [out / "checkpoint.pt", out / "log.jsonl", *out.glob("samples_*.png")]:
+    if not resumed:
+        for old in [*out.glob("*.png"), *out.glob("*.jsonl"), *out.glob("*.json"), *out.glob("*.md"),
+                    out / "checkpoint.pt", out / "denoiser.safetensors"]:
             old.unlink(missing_ok=True)
     write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
     print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
-    loop(run, out, facts,
-         lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
+
+
+def main(argv=None):
+    parser, arguments = parse(argv)
+    try:
+        plan, out, run, base, examiner = prepare(arguments)
+        start(out, plan, run, bool(arguments.resume))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"train.py: {error}\n")
+    captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
+    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name}
+    try:
+        loop(run, out, facts,
+             lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
+    except KeyboardInterrupt:
+        save(run, out, facts)
+        parser.exit(130, f"\nstopped after step {run.done}; go on with: python train.py --resume {out}\n")
+    except ArithmeticError as error:
+        parser.exit(1, f"\ntrain.py: {error}\n")
     if examiner:
         report(base, run, examiner, out, captions)
 

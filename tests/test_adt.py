@@ -98,22 +98,51 @@ def test_lambda_zero_is_plain_diffusion_training(world):
     assert set(terms) == {"diff"} and fake is None
 
 
-def test_the_real_pair_differs_and_shares_its_geometry(world, monkeypatch):
-    """D(x_0, x_0') must see two augmentations of one picture,
-    D(x_0, x0_hat) the picture beside the made one."""
-    _, critic, batch = world
-    pairs = []
-    monkeypatch.setattr(critic, "forward",
-                        lambda a, b, text: (pairs.append((a, b)), a.mean((1, 2, 3))[:, None])[1])
-    fake = torch.zeros_like(batch.image)
-    adt.discriminator_loss(critic, batch, fake, {"pooled": torch.zeros(4, 128)}, adt.Config())
-    (x, x_again), (y, made) = pairs
-    assert (x - x_again).abs().amax((1, 2, 3)).min() > 1e-3
-    flat = made - made.flatten(2).amax(-1)[..., None, None]
-    assert x.shape == y.shape == made.shape and flat.abs().mean() < 1.5       # the fake stays featureless
-    pairs.clear()
-    adt.discriminator_loss(critic, batch, fake, {"pooled": torch.zeros(4, 128)}, adt.Config(augment=0.))
-    assert torch.equal(*pairs[0]) and torch.equal(pairs[1][1], fake)
+class Recorder(torch.nn.Module):
+    """A critic that remembers what it was shown and answers with given logits."""
+
+    def __init__(self, *answers):
+        super().__init__()
+        self.answers, self.pairs = list(answers), []
+
+    def forward(self, real, other, text):
+        self.pairs.append((real, other))
+        return torch.full((len(real), 1), self.answers.pop(0)) + 0 * other.mean()
+
+
+@pytest.mark.equation("ADT L_D")
+@pytest.mark.parametrize("real,made,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
+def test_discriminator_loss_is_the_hinge_of_the_right_pairs(world, real, made, loss):
+    batch, fake = world[2], torch.zeros_like(world[2].image)
+    critic = Recorder(real, made)
+    found, _, _ = adt.discriminator_loss(critic, batch, fake, {"pooled": None}, adt.Config(augment=0.))
+    assert found.item() == pytest.approx(loss)
+    for shown, meant in zip(critic.pairs, ((batch.image, batch.image), (batch.image, fake))):
+        torch.testing.assert_close(shown, meant)
+
+
+@pytest.mark.equation("ADT L_G")
+def test_generator_loss_is_the_weighted_sum_with_the_right_signs(world):
+    model, _, batch = world
+    found = []
+    for weight in (.5, 2.):
+        torch.manual_seed(4)
+        config = adt.Config(lambda_adv=weight, lambda_diff=3 * weight, path_steps=2)
+        found.append(adt.generator_loss(model, Recorder(7.), batch, config)[0])
+    assert [terms["adv"].item() for terms in found] == pytest.approx([-3.5, -14.])
+    assert found[1]["diff"].item() == pytest.approx(4 * found[0]["diff"].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("geometry", ["shared", "apart"])
+def test_pairs_differ_in_colour_and_share_their_geometry_if_told(geometry):
+    image = torch.full((32, 3, 32, 32), -1.)
+    image[:, :, 12:20, 12:20] = 1.
+    one, two = adt.pair(image, image, adt.Config(geometry=geometry))
+    def silhouette(x):
+        return x.mean(1) > x.mean(1).amin((1, 2))[:, None, None] + .5
+    same = (silhouette(one) == silhouette(two)).flatten(1).all(1).float().mean()
+    assert same > .9 if geometry == "shared" else same < .5
+    assert (one - two).abs().amax((1, 2, 3)).min() > 1e-3
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
 from test_data import folder
 
+import evaluate
 import models
 import train
 
-QUICK = ["--set", "batch=2", "--set", "path_steps=2", "--set", "train_steps=1", "--samples", "0"]
+QUICK = ["--set", "batch=2", "--set", "path_steps=2", "--set", "train_steps=1", "--set", "warmup_d=0",
+         "--samples", "0"]
 
 
 def go(out, *arguments):
@@ -77,7 +78,7 @@ def test_resume_is_bit_exact(tmp_path, method):
 
 def test_the_two_halves_leave_each_other_alone(glyphs):
     """After a whole step: the critic's gradients come from its own half, the generator's from its own."""
-    plan, out, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=0", "--steps", "2"])[1])
+    _, _, run, _, _ = train.prepare(train.parse([*QUICK, "--steps", "2"])[1])
     frozen = {n: v.clone() for n, v in run.critic.features.named_buffers()}
     text = {n: v.clone() for n, v in run.model.text.state_dict().items()}
     calls = []
@@ -94,7 +95,7 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
 
 
 def test_a_discriminator_in_warm_up_does_not_teach():
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "2"])[1])
+    _, _, run, _, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "2"])[1])
     assert "adv" not in run.step() and "adv" in run.step()
 
 
@@ -114,6 +115,8 @@ def test_a_discriminator_in_warm_up_does_not_teach():
     (["--set", "lr=nan"], "a number"),
     (["--set", "lr=-1"], "a number"),
     (["--set", "ema=1.5"], "between 0 and 1"),
+    (["--method", "diffusion", "--set", "lambda_adv=1"], "means lambda_adv=0"),
+    (["--data", "fashion", "--samples", "6000"], "5000 at most"),
     (["--set", "checkpoint=maybe"], "true, false"),
     (["--set", "batch=0"], "batch"),
     (["--steps", "0"], "at least one step"),
@@ -150,14 +153,10 @@ def test_words_the_model_does_not_know_stop_a_run_before_it_starts(tmp_path, cap
 def test_own_folder_from_nothing_to_a_tuned_model(tmp_path):
     """pretrain.py makes the three networks for a folder, train.py tunes them."""
     import pretrain
-    import sys
-    mine, weights = folder(tmp_path / "mine"), tmp_path / "weights"
-    argv, sys.argv = sys.argv, ["pretrain.py", "--data", str(mine), "--steps", "2", "--out", str(weights)]
-    try:
-        pretrain.main()
-    finally:
-        sys.argv = argv
+    mine, weights = folder(tmp_path / "mine", n=400), tmp_path / "weights"
+    pretrain.main(["--data", str(mine), "--steps", "2", "--out", str(weights)])
     go(tmp_path / "run", "--data", str(mine), "--weights", str(weights), "--steps", "1", "--samples", "200")
+    evaluate.main([str(tmp_path / "run"), "--steps=1", "--samples=200", f"--out={tmp_path}/x.png"])
     assert (tmp_path / "run" / "before_after.png").exists()
 
 
@@ -167,4 +166,41 @@ def test_settings_of_a_resumed_run_are_its_own(tmp_path):
     plan = json.loads((out / "config.json").read_text())
     assert plan["seed"] == 3 and plan["steps"] == 2 and plan["config"]["batch"][0] == 2
     assert torch.load(out / "checkpoint.pt", weights_only=True)["done"] == 2
-    assert (ROOT / "weights").is_dir()
+
+
+def test_a_resume_that_cannot_be_is_a_sentence(tmp_path, capsys):
+    out = go(tmp_path / "run", "--steps", "2")
+    def complaint(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", str(out), "--samples", "0", *arguments])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    assert "lies behind" in complaint("--steps", "1")
+    assert "own settings" in complaint("--set", "lr=1")
+    whole = (out / "checkpoint.pt").read_bytes()
+    (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    assert "damaged" in complaint()
+    (out / "config.json").write_text("{}")
+    assert "not the config.json" in complaint()
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
+    out = go(tmp_path / "run", "--steps", "1", "--samples", "200")
+    monkeypatch.setattr(train, "loop", lambda *rest: None)   # dies before its first step
+    go(out, "--steps", "1", "--overwrite")
+    assert [p.name for p in out.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "letters", "--overwrite")
+    assert stop.value.code == 2 and "something else than a run" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "letters").iterdir()] == ["dear.txt"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        go(tmp_path / "run", "--steps", "3", "--set", "lambda_diff=1e38")
+    assert stop.value.code == 1 and "is inf" in capsys.readouterr().err
