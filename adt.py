@@ -34,7 +34,7 @@ class Config:
     # the losses
     variant: Annotated[Literal["similarity", "twin", "difference", "projected"],
                        "ours: which discriminator"] = "similarity"
-    pool: Annotated[Literal["tokens", "mean"], "ours: compare token by token, or their mean"] = "tokens"
+    pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
     real: Annotated[Literal["picture", "decoded"], "ours: or through the autoencoder and back"] = "picture"
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 1.0

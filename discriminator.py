@@ -45,14 +45,16 @@ class Features(nn.Module):
 
 class Head(nn.Module):
     """Tokens (B, N, D) -> (B, N, out): 1x1 convolution, a residual 1-D convolution along the tokens, 1x1 out.
-    Spectral norm keeps it gentle; group norm, unlike batch norm, does not couple the samples of a batch."""
+    Group norm, unlike batch norm, does not couple the samples of a batch; spectral norm, where asked for,
+    keeps the slope of the logits gentle."""
 
-    def __init__(self, width_in, width, out):
+    def __init__(self, width_in, width, out, spectral=False):
         super().__init__()
-        self.enter = spectral_norm(nn.Conv1d(width_in, width, 1))
-        self.mix = spectral_norm(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular"))
+        tame = spectral_norm if spectral else nn.Identity()
+        self.enter = tame(nn.Conv1d(width_in, width, 1))
+        self.mix = tame(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular"))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
-        self.leave = spectral_norm(nn.Conv1d(width, out, 1))
+        self.leave = tame(nn.Conv1d(width, out, 1))
 
     def forward(self, tokens):
         x = F.leaky_relu(self.norms[0](self.enter(tokens.transpose(1, 2))), .2)         # (B, W, N)
@@ -64,17 +66,19 @@ class Siamese(nn.Module):
     """ADT's discriminator: one head per block, the same for both pictures. D(real, other) -> logits (B, L).
 
     The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
-      similarity   scale * cos(h(x), h(y)) + bias       one number per block, mean over tokens
-      twin         <g(x), h(y)>                         a second set of heads for the real side (SimSiam-like)
-      difference   head(|h(x) - h(y)|)                  the classic siamese network
+      similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
+      twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
+      difference   head(|h(x) - h(y)|)                         the classic siamese network
+    and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
+    verdicts, `mean` averages the tokens first and compares two vectors per block.
     """
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()
         if variant not in ("similarity", "twin", "difference"):
             raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
-        if pool not in ("tokens", "mean"):
-            raise ValueError(f"unknown pooling '{pool}': wanted tokens or mean")
+        if pool not in ("tokens", "score", "mean"):
+            raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
         self.features, self.variant, self.pool = features, variant, pool
         def heads():
             return nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
@@ -84,27 +88,28 @@ class Siamese(nn.Module):
         if variant == "twin":
             self.real_heads = heads()
         if variant == "difference":
-            self.compare = nn.ModuleList(nn.Conv1d(width, 1, 1) for _ in features.blocks)
+            self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.blocks)
+
+    def compare_tokens(self, i, x, y):
+        """Block i: (B, N, W) of either picture -> one score per token (B, N)."""
+        if self.variant == "similarity":
+            return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias    # ADT similarity
+        if self.variant == "twin":
+            return (x * y).sum(-1) / x.shape[-1] ** .5
+        return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text is not looked at -> (B, blocks)."""
+        """real, other (B, 3, H, W); text is not looked at -> (B, blocks * tokens), pooled (B, blocks)."""
         with torch.no_grad():
-            real = self.features(real)                  # the reference is data: no graph through the backbone
-        other = self.features(other)
+            real = self.features(real)                       # the reference is data: no graph here
         logits = []
-        for i, (x, y) in enumerate(zip(real, other)):        # (B, N, D) each
-            y = self.heads[i](y)
-            x = (self.real_heads if self.variant == "twin" else self.heads)[i](x)
+        for i, (x, y) in enumerate(zip(real, self.features(other))):          # (B, N, D) each
+            x, y = (self.real_heads if self.variant == "twin" else self.heads)[i](x), self.heads[i](y)
             if self.pool == "mean":
                 x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-            if self.variant == "similarity":
-                alike = F.cosine_similarity(x, y, dim=-1, eps=1e-6)          # ADT similarity
-                logits.append(self.scale * alike.mean(1) + self.bias)
-            elif self.variant == "twin":
-                logits.append((x * y).sum(-1).mean(1) / x.shape[-1] ** .5)
-            else:
-                logits.append(self.compare[i]((x - y).abs().transpose(1, 2)).mean((1, 2)))
-        return torch.stack(logits, 1)
+            score = self.compare_tokens(i, x, y)
+            logits.append(score.mean(1, keepdim=True) if self.pool == "score" else score)
+        return torch.cat(logits, 1)
 
 
 class Projected(nn.Module):
@@ -114,7 +119,7 @@ class Projected(nn.Module):
     def __init__(self, features, text_width, width=64):
         super().__init__()
         self.features = features
-        self.heads = nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
+        self.heads = nn.ModuleList(Head(features.width, width, width, spectral=True) for _ in features.blocks)
         self.project = nn.ModuleList(nn.Linear(text_width, width) for _ in features.blocks)
 
     def forward(self, real, other, text):

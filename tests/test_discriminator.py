@@ -69,10 +69,10 @@ def test_similarity_is_scale_times_cosine_plus_bias(features, monkeypatch):
     """Heads replaced by known vectors at a known angle; their lengths must not matter."""
     critic = discriminator.build("similarity", features, 16)
     critic.scale.data, critic.bias.data = torch.tensor(3.), torch.tensor(.5)
-    vectors = iter([torch.tensor([5., 0.]), torch.tensor([2., 2.])] * 4)      # the other picture's come first
+    vectors = iter([torch.tensor([5., 0.]), torch.tensor([2., 2.])] * 4)
     monkeypatch.setattr(discriminator.Head, "forward", lambda head, tokens: next(vectors).expand(1, 64, 2))
     logits = critic(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-    torch.testing.assert_close(logits, torch.full((1, 4), 3 * .5 ** .5 + .5))
+    torch.testing.assert_close(logits, torch.full((1, 4 * 64), 3 * .5 ** .5 + .5))
 
 
 @pytest.mark.parametrize("how", ["uniform", "lognormal"])
@@ -127,7 +127,7 @@ def test_every_variant_scores_each_sample_alone(features, variant):
 
 @pytest.mark.equation("ADT similarity")
 @pytest.mark.parametrize("variant", ["similarity", "difference"])
-@pytest.mark.parametrize("pool", ["tokens", "mean"])
+@pytest.mark.parametrize("pool", ["tokens", "score", "mean"])
 def test_siamese_is_symmetric(features, variant, pool):
     torch.manual_seed(0)
     critic = discriminator.build(variant, features, 16, pool).eval()
@@ -139,8 +139,16 @@ def test_siamese_is_symmetric(features, variant, pool):
 def test_identical_pictures_are_as_similar_as_can_be(features):
     critic = discriminator.build("similarity", features, 16).eval()
     x, y = torch.randn(2, 3, 3, 32, 32)
-    torch.testing.assert_close(critic(x, x), torch.full((3, 4), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
-    assert (critic(x, y) < critic(x, x)).all()
+    torch.testing.assert_close(critic(x, x), torch.full((3, 4 * 64), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
+    assert (critic(x, y).mean(1) < 2 - 1e-3).all()
+
+
+def test_score_is_the_mean_of_the_tokens_verdicts(features):
+    torch.manual_seed(0)
+    each, score = (discriminator.build("twin", features, 16, pool).eval() for pool in ("tokens", "score"))
+    score.load_state_dict(each.state_dict())
+    x, y = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(each(x, y).view(3, 4, 64).mean(2), score(x, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
