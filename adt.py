@@ -32,7 +32,7 @@ class Config:
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
     checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
     # the losses
-    variant: Annotated[Literal["similarity", "twin", "difference", "projected"],
+    variant: Annotated[Literal["similarity", "twin", "difference", "relative", "projected"],
                        "ours: which discriminator"] = "similarity"
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"

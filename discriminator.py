@@ -69,14 +69,16 @@ class Siamese(nn.Module):
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
       twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
       difference   head(|h(x) - h(y)|)                         the classic siamese network
+      relative     head(h(y)) - head(h(x))                     is y less real than x? what they share cancels
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
     verdicts, `mean` averages the tokens first and compares two vectors per block.
     """
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()
-        if variant not in ("similarity", "twin", "difference"):
-            raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
+        if variant not in ("similarity", "twin", "difference", "relative"):
+            raise ValueError(f"unknown siamese variant '{variant}': "
+                             "wanted similarity, twin, difference or relative")
         if pool not in ("tokens", "score", "mean"):
             raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
         self.features, self.variant, self.pool = features, variant, pool
@@ -87,7 +89,7 @@ class Siamese(nn.Module):
             self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))
         if variant == "twin":
             self.real_heads = heads()
-        if variant == "difference":
+        if variant in ("difference", "relative"):
             self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.blocks)
 
     def compare_tokens(self, i, x, y):
@@ -96,6 +98,9 @@ class Siamese(nn.Module):
             return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias    # ADT similarity
         if self.variant == "twin":
             return (x * y).sum(-1) / x.shape[-1] ** .5
+        if self.variant == "relative":
+            x, y = (self.compare[i](F.leaky_relu(z, .2)).squeeze(-1).float() for z in (x, y))
+            return y - x
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):

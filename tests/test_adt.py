@@ -26,7 +26,7 @@ def clear(*modules):
 
 
 @pytest.mark.equation("ADT L_G")
-@pytest.mark.parametrize("variant", ["similarity", "twin", "difference", "projected"])
+@pytest.mark.parametrize("variant", ["similarity", "twin", "difference", "relative", "projected"])
 def test_after_the_generator_half_only_the_network_holds_gradients(world, variant):
     model, critic, batch = world
     critic = discriminator.build(variant, critic.features, 128).requires_grad_(False)

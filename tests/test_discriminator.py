@@ -111,7 +111,7 @@ def test_features_are_normalised_differentiable_tokens(features):
 
 # ---------------------------------------------------------------------------------------------- variants
 
-VARIANTS = ["similarity", "twin", "difference", "projected"]
+VARIANTS = ["similarity", "twin", "difference", "relative", "projected"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,6 +143,14 @@ def test_identical_pictures_are_as_similar_as_can_be(features):
     assert (critic(x, y).mean(1) < 2 - 1e-3).all()
 
 
+def test_relative_is_antisymmetric(features):
+    torch.manual_seed(0)
+    critic = discriminator.build("relative", features, 16).eval()
+    x, y = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(critic(x, y), -critic(y, x), rtol=1e-4, atol=1e-5)
+    assert critic(x, x).abs().max() < 1e-5 < critic(x, y).abs().max()
+
+
 def test_score_is_the_mean_of_the_tokens_verdicts(features):
     torch.manual_seed(0)
     each, score = (discriminator.build("twin", features, 16, pool).eval() for pool in ("tokens", "score"))
@@ -168,9 +176,8 @@ def test_every_head_weight_learns(features, variant):
     logits = critic(torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(3, 16))
     (logits * torch.randn(logits.shape)).sum().backward()
     silent = [n for n, p in critic.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    if variant == "difference":                              # a bias cancels in h(x) - h(y)
-        silent = [n for n in silent if not n.endswith("leave.bias")]
-    assert not silent
+    cancels = {"difference": "leave.bias", "relative": "compare"}.get(variant, "none")
+    assert not [n for n in silent if not (n.endswith("bias") and cancels in n)]      # in h(x) - h(y)
 
 
 def test_unknown_variant_is_a_sentence(features):
