@@ -331,12 +331,11 @@ def build(name):
 
 def contact_sheet(source, path, n=96, seed=0):
     """Write a page of pictures with their captions under them."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import textwrap
+    from matplotlib.figure import Figure
     batch = source.batch(n, torch.Generator().manual_seed(seed))
-    figure, axes = plt.subplots(-(-n // 12), 12, figsize=(18, 2.05 * -(-n // 12)))
+    figure = Figure(figsize=(18, 2.05 * -(-n // 12)))
+    axes = figure.subplots(-(-n // 12), 12)
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, text in zip(axes.flat, batch.image, batch.caption):
@@ -344,7 +343,6 @@ def contact_sheet(source, path, n=96, seed=0):
         axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top")
     figure.subplots_adjust(0, .04, 1, 1, .08, .42)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main():

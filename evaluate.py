@@ -124,12 +124,10 @@ def picture(rows, path, captions=None, note=""):
     """[(label, images (B, 3, H, W))] -> a PNG, one row each, captions above the columns;
     `note` goes in the file."""
     import textwrap
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     columns = len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * .95, len(rows) * .95 + .5),
-                                squeeze=False)
+    figure = Figure(figsize=(columns * .95, len(rows) * .95 + .5))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, ((label, images), line) in enumerate(zip(rows, axes)):
         for j, (image, axis) in enumerate(zip(images, line)):
             axis.imshow(((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy(), interpolation="nearest")
@@ -142,16 +140,14 @@ def picture(rows, path, captions=None, note=""):
     partial = Path(path).with_suffix(".part.png")
     figure.savefig(partial, dpi=160, metadata={"Description": note})
     partial.replace(path)
-    plt.close(figure)
 
 
 def curves(log, path):
     """log.jsonl's rows -> one small plot per quantity."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     keys = [k for k in log[-1] if k not in ("step", "seconds")]
-    figure, axes = plt.subplots(-(-len(keys) // 4), 4, figsize=(12, 2.3 * -(-len(keys) // 4)), squeeze=False)
+    figure = Figure(figsize=(12, 2.3 * -(-len(keys) // 4)))
+    axes = figure.subplots(-(-len(keys) // 4), 4, squeeze=False)
     for axis in axes.flat[len(keys):]:
         axis.axis("off")
     for axis, key in zip(axes.flat, keys):
@@ -163,7 +159,6 @@ def curves(log, path):
     partial = Path(path).with_suffix(".part.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -218,16 +213,12 @@ def gather(rows):
     return gathered
 
 
-def whole_numbers(text):
-    return [int(part) for part in text.split(",")]
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
-    parser.add_argument("--steps", type=whole_numbers, default=[10], help="sampler steps, e.g. 1,2,4,10,50")
+    parser.add_argument("--steps", default="10", help="sampler steps, e.g. 1,2,4,10,50")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
     parser.add_argument("--fresh", type=float, default=0.0, help="share of new noise in each step, 0 to 1")
@@ -243,6 +234,9 @@ def main(argv=None):
     parser, a = parse(argv)
     settings = {"shift": a.shift, "fresh": a.fresh}
     try:
+        if not all(part.isdecimal() for part in a.steps.split(",")):
+            raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
+        a.steps = [int(part) for part in a.steps.split(",")]
         found = [locate(name, a.data) for name in dict.fromkeys(a.models)]
         if len({dataset for _, _, dataset, _ in found}) > 1:
             raise ValueError("these models belong to different data sets; "

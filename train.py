@@ -142,18 +142,18 @@ class Run:
                 raise ArithmeticError(f"step {self.done}: {name} is {value}; the last checkpoint is good: "
                                       "resume it with a smaller --set lr, lr_d or lambda_adv")
 
+    def parts(self):
+        return {"network": self.model.network, "average": self.average, "critic": self.critic,
+                "opt_g": self.opt_g, "opt_d": self.opt_d}
+
     def state(self):
         """Everything the next step depends on."""
-        return {"network": self.model.network.state_dict(), "average": self.average.state_dict(),
-                "critic": self.critic.state_dict(), "opt_g": self.opt_g.state_dict(),
-                "opt_d": self.opt_d.state_dict(), "rng": torch.get_rng_state(), "done": self.done}
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return {**state, "rng": torch.get_rng_state(), "done": self.done}
 
     def restore(self, state):
-        self.model.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.critic.load_state_dict(state["critic"])
-        self.opt_g.load_state_dict(state["opt_g"])
-        self.opt_d.load_state_dict(state["opt_d"])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         self.done = state["done"]
 

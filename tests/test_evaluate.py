@@ -29,9 +29,9 @@ def test_frechet_distance_is_a_distance():
 def test_precision_and_recall_see_different_failures():
     real = gaussian(600, 0., 1., 0)
     narrow, wild = gaussian(600, 0., .2, 1), gaussian(600, 0., 5., 2)
-    assert evaluate.precision_recall(real, gaussian(600, 0., 1., 3))[0] > .7
+    assert min(evaluate.precision_recall(real, gaussian(600, 0., 1., 3))) > .7
     precision, recall = evaluate.precision_recall(real, narrow)
-    assert precision > .95 and recall < .3                   # faithful but not diverse
+    assert precision > .85 and recall < .3                   # faithful but not diverse
     precision, recall = evaluate.precision_recall(real, wild)
     assert precision < .3 and recall > .8                    # diverse but not faithful
 
@@ -52,7 +52,7 @@ def test_examiner_tells_worse_from_better(examiner):
     torch.manual_seed(0)
     distances = [examiner.score((images + s * torch.randn_like(images)).clamp(-1, 1))["fd"]
                  for s in (0, .1, .3, .8)]
-    assert distances == sorted(distances) and distances[1] > 1.2 * distances[0]
+    assert distances == sorted(distances) and distances[2] > 1.2 * distances[0]
     strangers = examiner.score(examiner.reference.image)
     assert strangers["accuracy"] < .5 and strangers["fd"] < distances[0]
     collapsed = examiner.score(images[:1].expand_as(images))
