@@ -37,15 +37,15 @@ class Config:
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
     real: Annotated[Literal["picture", "decoded"], "ours: or through the autoencoder and back"] = "picture"
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 1.0
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
+    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.1
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
-    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 1e-3
+    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 3e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0

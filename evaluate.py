@@ -135,7 +135,7 @@ def picture(rows, path, captions=None, note=""):
             axis.spines[:].set_visible(False)
             if captions and i == 0:
                 axis.set_title("\n".join(textwrap.wrap(captions[j], 17)), fontsize=5)
-        line[0].set_ylabel(label, fontsize=7)
+        line[0].set_ylabel("\n".join(textwrap.wrap(label, 18)), fontsize=5)
     figure.tight_layout(pad=.3)
     partial = Path(path).with_suffix(".part.png")
     figure.savefig(partial, dpi=160, metadata={"Description": note})
@@ -237,7 +237,8 @@ def main(argv=None):
         if not all(part.isdecimal() for part in a.steps.split(",")):
             raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
         a.steps = [int(part) for part in a.steps.split(",")]
-        found = [locate(name, a.data) for name in dict.fromkeys(a.models)]
+        known = [locate(name, a.data)[2] for name in a.models if name != "base"] + [a.data]
+        found = [locate(name, known[0]) for name in dict.fromkeys(a.models)]
         if len({dataset for _, _, dataset, _ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
                              "measure them one data set at a time")

@@ -104,8 +104,8 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def condition(self, captions):
-        """B strings -> a dict of tensors whose first dimension is B, passed to `output` unread. One is "pooled"
-        (B, P), the caption as one vector, on which a discriminator may condition."""
+        """B strings -> a dict of tensors whose first dimension is B, passed to `output` unread. One is
+        "pooled" (B, P), the caption as one vector, on which a discriminator may condition."""
         raise NotImplementedError
 
 

@@ -125,7 +125,7 @@ def test_checkpointing_changes_no_number(toy, leak):
 
 def peak_graphs(model, steps, chosen, checkpoint):
     """The largest number of network graphs held at once, from rollout to the end of the backward pass: each
-    call of the network saves a marker tensor for its backward pass, and markers are counted while they live."""
+    call of the network saves a marker for its backward pass, and markers are counted while they live."""
     alive, most = [0], [0]
 
     class Marked(torch.autograd.Function):
