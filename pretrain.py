@@ -40,7 +40,7 @@ class Recipe:
 RECIPES = {
     "judge": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
     "features": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
-    "denoiser": {"glyphs": Recipe(12500, 32, 1e-3, descent=1 / 3),
+    "denoiser": {"glyphs": Recipe(19500, 32, 1e-3, descent=1 / 3),
                  "fashion": Recipe(7000, 32, 1e-3, descent=1 / 3)},
 }
 SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same random numbers twice
