@@ -36,7 +36,6 @@ class Config:
                        "ours: which discriminator"] = "similarity"
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
-    real: Annotated[Literal["picture", "decoded"], "ours: or through the autoencoder and back"] = "picture"
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.1
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0

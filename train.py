@@ -140,7 +140,7 @@ class Run:
         for name, value in figures.items():
             if not math.isfinite(value):
                 raise ArithmeticError(f"step {self.done}: {name} is {value}; the last checkpoint is good: "
-                                      "resume it with a smaller --set lr, lr_d or lambda_adv")
+                                      "go on from it with --weights and a smaller lr, lr_d or lambda_adv")
 
     def parts(self):
         return {"network": self.model.network, "average": self.average, "critic": self.critic,
@@ -276,7 +276,7 @@ def prepare(arguments):
         if run.done > run.steps:
             raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
     n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
-    if n > most >= 0 and n == SAMPLES:
+    if n > most and n == SAMPLES:
         n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
     examiner = evaluate.Examiner(source, n, weights=plan["weights"]) if n else None
     return plan, out, run, base, examiner
