@@ -57,6 +57,15 @@ class Config:
         if max(self.ema, self.beta1_d, self.leak, self.drop_caption, self.augment) > 1 or self.ema == 1:
             raise ValueError("ema, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
 
+    def rows(self):
+        """Who is measured at the end of a run: (name, steps, sampler settings)."""
+        return [(who, self.path_steps, {"guidance": self.guidance}) for who in ("before", "after")]
+
+    def critic(self, features, text_width):
+        if self.variant == "projected":
+            return discriminator.Projected(features, text_width)
+        return discriminator.Siamese(features, self.variant, self.pool)
+
 
 def simulate(model, x0, cond, uncond, config):
     """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
@@ -79,9 +88,9 @@ def pair(real, other, config):
             discriminator.augment(other, second, config.augment))
 
 
-def generator_loss(model, critic, batch, config):
+def generator_loss(model, teacher, critic, batch, config):
     """-> {term: weighted loss}, the generated picture (B, 3, H, W) with its graph or None, and the captions'
-    condition. The terms share no graph, so each may be sent backward on its own."""
+    vectors (B, P). The teacher is ADD's; ADT learns from pictures alone."""
     keep = torch.rand(len(batch.caption)) >= config.drop_caption
     with torch.no_grad():                                    # encoders are frozen; only the network learns
         x0 = model.encode(batch.image)
@@ -90,15 +99,16 @@ def generator_loss(model, critic, batch, config):
     t = losses.sample_times(len(x0), model.T, config.times).to(x0.device)
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:
-        return {"diff": config.lambda_diff * diff}, None, cond
+        return {"diff": config.lambda_diff * diff}, None, cond["pooled"]
     fake = model.decode(simulate(model, x0, cond, uncond, config))            # with gradient, not clamped
     adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))
-    return {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}, fake, cond   # ADT L_G
+    terms = {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}         # ADT L_G: their sum
+    return terms, fake, cond["pooled"]
 
 
-def discriminator_loss(critic, batch, fake, cond, config):
-    """-> L_D and its two logits. The real pair is one picture twice, augmented apart; the fake pair holds the
-    real picture and what the model made of it."""
-    real = critic(*pair(batch.image, batch.image, config), cond["pooled"])      # D(x_0, x_0')
-    made = critic(*pair(batch.image, fake.detach(), config), cond["pooled"])    # D(x_0, sg[x0_hat])
-    return losses.hinge_real(real) + losses.hinge_fake(made), real, made                # ADT L_D
+def discriminator_loss(critic, batch, fake, known, config):
+    """-> {term: loss}, logits on real, logits on fake. The real pair is one picture twice, augmented apart;
+    the fake pair holds the real picture and what the model made of it."""
+    real = critic(*pair(batch.image, batch.image, config), known)               # D(x_0, x_0')
+    made = critic(*pair(batch.image, fake.detach(), config), known)             # D(x_0, sg[x0_hat])
+    return {"D": losses.hinge_real(real) + losses.hinge_fake(made)}, real, made         # ADT L_D

@@ -42,6 +42,11 @@ class Features(nn.Module):
         tokens, cls = self.backbone(image)
         return [F.layer_norm((tokens[i] + cls[i][:, None]).float(), (self.width,)) for i in self.blocks]
 
+    @torch.no_grad()
+    def summary(self, image):
+        """(B, 3, H, W) -> the whole picture in one vector (B, D): CLS after the last block."""
+        return F.layer_norm(self.backbone(image)[1][-1].float(), (self.width,))
+
 
 class Head(nn.Module):
     """Tokens (B, N, D) -> (B, N, out): 1x1 convolution, a residual 1-D convolution along the tokens, 1x1 out.
@@ -118,24 +123,28 @@ class Siamese(nn.Module):
 
 
 class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per block and token, <h(y), W c> / sqrt(width) with c the caption's
-    vector. It takes ADT's two pictures and looks at the second alone."""
+    """ADD's discriminator, unpaired: per block and token <h(y), W c> / sqrt(width), where c (B, C) is what it
+    may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
+    pictures and looks at the second alone."""
 
-    def __init__(self, features, text_width, width=64):
+    def __init__(self, features, known=0, width=64):
         super().__init__()
         self.features = features
-        self.heads = nn.ModuleList(Head(features.width, width, width, spectral=True) for _ in features.blocks)
-        self.project = nn.ModuleList(nn.Linear(text_width, width) for _ in features.blocks)
+        self.heads = nn.ModuleList(Head(features.width, width, width if known else 1, spectral=True)
+                                   for _ in features.blocks)
+        self.project = nn.ModuleList(nn.Linear(known, width) for _ in features.blocks) if known else None
 
-    def forward(self, real, other, text):
-        """other (B, 3, H, W), text (B, C) -> (B, blocks * tokens)."""
-        logits = [torch.einsum("bnw,bw->bn", head(y), project(text.float())) / head.leave.out_channels ** .5
-                  for head, project, y in zip(self.heads, self.project, self.features(other))]
-        return torch.cat(logits, 1)
+    def score(self, tokens, known=None):
+        """One (B, N, D) per block -> logits (B, blocks * tokens)."""
+        seen = [head(x) for head, x in zip(self.heads, tokens)]
+        if self.project:
+            seen = [torch.einsum("bnw,bw->bn", x, w(known.float()))[..., None] / x.shape[-1] ** .5
+                    for x, w in zip(seen, self.project)]
+        return torch.cat(seen, 1).squeeze(-1)
 
-
-def build(variant, features, text_width, pool="tokens"):
-    return Projected(features, text_width) if variant == "projected" else Siamese(features, variant, pool)
+    def forward(self, _, picture, known=None):
+        """picture (B, 3, H, W), known (B, C) -> (B, blocks * tokens)."""
+        return self.score(self.features(picture), known)
 
 
 # ------------------------------------------------------------------------------- differentiable augmentation

@@ -164,27 +164,26 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its judge).
-    Runs that differ by seed alone share their group."""
+    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its judge, how
+    it was trained to be sampled). Runs that differ by seed alone share their group."""
     if name == "base":
         if not dataset:
             raise ValueError("'base' alone does not say which: add --data glyphs or --data fashion")
-        return "base", models.build("tiny", Path(dataset).name), dataset, None
+        return "base", models.build("tiny", Path(dataset).name), dataset, None, {}
     path, weights = Path(name), None
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
+    facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
     group, plan = str(path), path / "config.json"
     if plan.is_file():
         settings = read_plan(plan)
         dataset, weights = dataset or settings["data"], settings["weights"]
         group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)",
                           *([f"from {weights}"] if weights else [])])
-    else:
-        facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
-        dataset = dataset or facts.get("data")
+    dataset = dataset or facts.get("data")
     if not dataset:
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
-    return group, models.build("tiny", Path(dataset).name, name), dataset, weights
+    return group, models.build("tiny", Path(dataset).name, name), dataset, weights, facts.get("sampler", {})
 
 
 def read_plan(path):
@@ -219,9 +218,10 @@ def parse(argv=None):
     parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
     parser.add_argument("--steps", default="10", help="sampler steps, e.g. 1,2,4,10,50")
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
     parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
-    parser.add_argument("--fresh", type=float, default=0.0, help="share of new noise in each step, 0 to 1")
+    parser.add_argument("--fresh", type=float, help="share of new noise in each step, 0 to 1 (default: as "
+                                                    "the model was trained: 1 for a student, else 0)")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--split", default="test", help="whose captions: test, held_out (glyphs), train")
     parser.add_argument("--prompt", help="draw this caption eight times instead of measuring")
@@ -232,14 +232,14 @@ def parse(argv=None):
 
 def main(argv=None):
     parser, a = parse(argv)
-    settings = {"shift": a.shift, "fresh": a.fresh}
+    chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
     try:
         if not all(part.isdecimal() for part in a.steps.split(",")):
             raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
         a.steps = [int(part) for part in a.steps.split(",")]
         known = [locate(name, a.data)[2] for name in a.models if name != "base"] + [a.data]
         found = [locate(name, known[0]) for name in dict.fromkeys(a.models)]
-        if len({dataset for _, _, dataset, _ in found}) > 1:
+        if len({dataset for _, _, dataset, *_ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
                              "measure them one data set at a time")
         if a.prompt is not None:
@@ -248,23 +248,24 @@ def main(argv=None):
             source = data.build(found[0][2])
             examiner = Examiner(source, a.samples, split=a.split, weights=found[0][3])
             captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-        for _, model, _, _ in found:
+        for _, model, *_ in found:
             model.condition(captions)
         for steps in a.steps:
             sampler.timeline(found[0][1].T, steps, a.shift)
-        if not (0 <= a.fresh <= 1 and 0 <= a.guidance < float("inf")):
+        if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
             raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
         if not Path(a.out).absolute().parent.is_dir():
             raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     rows, shown = [], []
-    for group, model, _, _ in found:
+    for group, model, _, _, habits in found:
+        settings = {**habits, **chosen}
         for steps in a.steps:
             label = f"{group}, {steps} step{'s' * (steps > 1)}"
-            shown.append((label, sample(model, captions, steps, a.guidance, a.seed + 1, **settings)))
+            shown.append((label, sample(model, captions, steps, seed=a.seed + 1, **settings)))
             if examiner:
-                rows.append((label, examiner.measure(model, steps, a.guidance, a.seed, **settings)))
+                rows.append((label, examiner.measure(model, steps, seed=a.seed, **settings)))
     if examiner:
         rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
         print(table(gather(rows)))

@@ -325,8 +325,9 @@ class TinyViT(nn.Module):
 
 class Judge(nn.Module):
     """A convolutional network that no discriminator ever sees. Its 128 features give the Fréchet distance,
-    its heads read a picture's attributes. Another architecture, another seed: a judge that shares features
-    with the discriminator is gamed."""
+    its heads read a picture's attributes. It also learned to repaint the picture, at half size, from those
+    128 numbers: a judge that only names things forgets shade, texture and stains. Another architecture,
+    another seed: a judge that shares features with the discriminator is gamed."""
 
     def __init__(self, attributes, width=32):
         super().__init__()

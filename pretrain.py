@@ -1,6 +1,7 @@
 """Makes the three small networks that weights/ ships, from nothing:  python pretrain.py --data glyphs
 
-    judge      a CNN that names attributes; measures everything, and is never shown to a discriminator
+    judge      a CNN that names attributes and repaints; measures everything, and no discriminator ever
+               sees it
     features   a small ViT that names attributes and repaints hidden patches: the frozen backbone,
                in DINOv2's place
     denoiser   the text-to-image model that the two papers then improve
@@ -62,10 +63,11 @@ def shift(image, pixels=2):
 
 
 def judge_loss(network, batch):
+    """Name the attributes, and repaint the picture at half size from the 128 features."""
     image = shift(batch.image)
-    # generated pictures are noisy
-    image = image + torch.randn_like(image) * torch.rand(len(image), 1, 1, 1) * .1
-    return attribute_loss(network(image)[1], batch.truth)
+    features, logits = network(image)
+    repaint = F.mse_loss(network.paint(features).float(), F.avg_pool2d(image, 2).flatten(1))
+    return attribute_loss(logits, batch.truth) + 10 * repaint
 
 
 def features_loss(network, batch):
@@ -93,7 +95,9 @@ def make(which, source, target):
     """-> network, loss, the facts its file carries."""
     classes = [len(v) for v in source.attributes.values()]
     if which == "judge":
-        return models.Judge(classes), judge_loss, {"attributes": classes}
+        judge = models.Judge(classes)
+        judge.paint = torch.nn.Linear(128, 3 * 16 * 16)      # scaffold: not part of the file
+        return judge, judge_loss, {"attributes": classes}
     if which == "features":
         return models.TinyViT(classes), features_loss, {"attributes": classes}
     return models.TinyDenoiser(source.words, target), denoiser_loss, {"words": source.words, "target": target}
@@ -148,8 +152,12 @@ def fit(which, source, recipe, out, target="flow"):
                         "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
                         "seconds": seconds, "facts": facts}, partial)
             partial.replace(state)
-            models.save(average, out / f"{which}.safetensors", steps=step + 1, minutes=round(seconds / 60, 1),
-                        batch=recipe.batch, threads=torch.get_num_threads(), data=source.name, **facts)
+            finished = deepcopy(average)
+            if hasattr(finished, "paint"):
+                del finished.paint
+            models.save(finished, out / f"{which}.safetensors", steps=step + 1,
+                        minutes=round(seconds / 60, 1), batch=recipe.batch,
+                        threads=torch.get_num_threads(), data=source.name, **facts)
     return average
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import add
 import adt
 import data
 import discriminator
@@ -26,7 +27,7 @@ import evaluate
 import models
 import sampler
 
-METHODS = {"adt": (adt, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
+METHODS = {"adt": (adt, {}), "add": (add, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
 STEPS, SAMPLES = 300, 2000                                   # default length of a run, and of its examination
 
 
@@ -34,6 +35,8 @@ STEPS, SAMPLES = 300, 2000                                   # default length of
 
 def read(kind, text):
     """A setting from its text; a ValueError says what was wanted."""
+    if kind is str:
+        return text
     choices = typing.get_args(kind) or ({"true": True, "false": False} if kind is bool else ())
     if choices:
         if text not in choices:
@@ -82,8 +85,9 @@ def gradient_norm(parameters, before=None):
 class Run:
     """What a run owns; `step` is the algorithm."""
 
-    def __init__(self, model, critic, module, config, source, steps):
-        self.model, self.critic, self.module, self.config = model, critic, module, config
+    def __init__(self, model, teacher, critic, module, config, source, steps):
+        self.model, self.teacher, self.critic = model, teacher, critic
+        self.module, self.config = module, config
         self.source, self.steps, self.done = source, steps, 0
         self.average = deepcopy(model.network).requires_grad_(False)
         self.weights = list(model.network.parameters())
@@ -103,13 +107,14 @@ class Run:
         # the generator learns, the discriminator watches
         self.critic.requires_grad_(False).eval()             # eval: not even its spectral norms move
         with models.half_precision():
-            terms, fake, cond = self.module.generator_loss(self.model, self.critic, batch, config)
+            terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
+                                                            config)
         self.opt_g.zero_grad()
         before = None
         for name, term in terms.items():
             if name == "adv" and self.done < config.warmup_d:
                 continue                                  # a discriminator that knows nothing teaches nothing
-            term.backward()
+            term.backward(retain_graph=True)                 # the terms may share a graph; each is measured
             seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
             before = [p.grad.clone() for p in self.weights if p.grad is not None]
         self.finite(seen)
@@ -123,14 +128,14 @@ class Run:
         if fake is not None:
             self.critic.requires_grad_(True).train()
             with models.half_precision():
-                loss, real, made = self.module.discriminator_loss(self.critic, batch, fake, cond, config)
+                terms, real, made = self.module.discriminator_loss(self.critic, batch, fake, known, config)
             self.opt_d.zero_grad()
-            loss.backward()
+            sum(terms.values()).backward()
             norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d or float("inf"))
-            self.finite({"D": loss.item(), "|grad D|": float(norm)})
+            judged = {**{name: term.item() for name, term in terms.items()}, "|grad D|": float(norm)}
+            self.finite(judged)
             self.opt_d.step()
-            seen |= {"D": loss.item(), "|grad D|": float(norm),
-                     "D right on real": (real > 0).float().mean().item(),
+            seen |= {**judged, "D right on real": (real > 0).float().mean().item(),
                      "D right on fake": (made < 0).float().mean().item()}
         self.done += 1
         return seen
@@ -260,14 +265,16 @@ def prepare(arguments):
     config = settle(plan["method"], plan["set"])
     source = data.build(plan["data"])
     model = models.build(plan["model"], source.name, plan["weights"])
-    sampler.timeline(model.T, config.path_steps)
+    for _, steps, _ in config.rows():
+        sampler.timeline(model.T, steps)
     with torch.no_grad():                                    # whatever the data can say must be understood
-        text_width = model.condition(source.phrases)["pooled"].shape[1]
+        said = [*source.phrases, getattr(config, "negative", "")]
+        text_width = model.condition(said)["pooled"].shape[1]
     torch.manual_seed(plan["seed"])
     features = discriminator.Features(models.features(source.name, plan["weights"]))
-    critic = discriminator.build(config.variant, features, text_width, config.pool)
-    run = Run(model, critic, METHODS[plan["method"]][0], config, source, plan["steps"])
-    base = deepcopy(model).eval()
+    base = deepcopy(model).eval().requires_grad_(False)
+    run = Run(model, base, config.critic(features, text_width), METHODS[plan["method"]][0], config, source,
+              plan["steps"])
     if arguments.resume:
         try:
             run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
@@ -279,20 +286,20 @@ def prepare(arguments):
     if n > most and n == SAMPLES:
         n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
     examiner = evaluate.Examiner(source, n, weights=plan["weights"]) if n else None
-    return plan, out, run, base, examiner
+    return plan, out, run, examiner
 
 
-def report(base, run, examiner, out, captions):
+def report(run, examiner, out, captions):
     """The before/after table and picture."""
-    after, steps, guidance = run.result(), run.config.path_steps, run.config.guidance
-    rows = [(name, examiner.measure(model, steps, guidance))
-            for name, model in (("before", base), ("after", after))]
+    after, rows, shown = run.result(), [], []
+    for who, steps, settings in run.config.rows():
+        model, label = after if who == "after" else run.teacher, f"{who}, {steps} step{'s' * (steps > 1)}"
+        rows.append((label, examiner.measure(model, steps, **settings)))
+        shown.append((label, evaluate.sample(model, captions, steps, seed=1, **settings)))
     rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
     write(out / "result.json", json.dumps(dict(rows), indent=1))
     text = evaluate.table(rows)
     write(out / "table.md", text + "\n")
-    shown = [(f"{name}, {steps} steps", evaluate.sample(model, captions, steps, guidance, seed=1))
-             for name, model in (("before", base), ("after", after))]
     evaluate.picture(shown, out / "before_after.png", captions)
     print(f"\n{text}\n\nwrote {out}/before_after.png, table.md, curves.png, denoiser.safetensors")
 
@@ -311,22 +318,23 @@ def start(out, plan, run, resumed):
 def main(argv=None):
     parser, arguments = parse(argv)
     try:
-        plan, out, run, base, examiner = prepare(arguments)
+        plan, out, run, examiner = prepare(arguments)
         start(out, plan, run, bool(arguments.resume))
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: {error}\n")
     captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
-    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name}
+    _, steps, settings = [row for row in run.config.rows() if row[0] == "after"][0]
+    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name,
+             "sampler": settings}
     try:
-        loop(run, out, facts,
-             lambda model: evaluate.sample(model, captions, run.config.path_steps, run.config.guidance, 1))
+        loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))
     except KeyboardInterrupt:
         save(run, out, facts)
         parser.exit(130, f"\nstopped after step {run.done}; go on with: python train.py --resume {out}\n")
     except ArithmeticError as error:
         parser.exit(1, f"\ntrain.py: {error}\n")
     if examiner:
-        report(base, run, examiner, out, captions)
+        report(run, examiner, out, captions)
 
 
 if __name__ == "__main__":

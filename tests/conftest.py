@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import adt  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
 
@@ -39,6 +40,10 @@ class Toy(models.Denoiser):
 
     def condition(self, captions):
         return {"scale": torch.tensor([1. + len(c) for c in captions], dtype=torch.float64)}
+
+
+def build_critic(variant, features, text_width, pool="tokens"):
+    return adt.Config(variant=variant, pool=pool).critic(features, text_width)
 
 
 @pytest.fixture

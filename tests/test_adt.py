@@ -9,13 +9,14 @@ import adt
 import data
 import discriminator
 import models
+from conftest import build_critic
 
 
 @pytest.fixture(scope="module")
 def world(glyphs):
     torch.manual_seed(0)
     model = models.build("tiny", "glyphs")
-    critic = discriminator.build("similarity", discriminator.Features(models.features("glyphs")), 128)
+    critic = build_critic("similarity", discriminator.Features(models.features("glyphs")), 128)
     return model, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
 
 
@@ -29,9 +30,9 @@ def clear(*modules):
 @pytest.mark.parametrize("variant", ["similarity", "twin", "difference", "relative", "projected"])
 def test_after_the_generator_half_only_the_network_holds_gradients(world, variant):
     model, critic, batch = world
-    critic = discriminator.build(variant, critic.features, 128).requires_grad_(False)
+    critic = build_critic(variant, critic.features, 128).requires_grad_(False)
     clear(model, critic)
-    terms, fake, _ = adt.generator_loss(model, critic, batch, adt.Config(path_steps=4, variant=variant))
+    terms, fake, _ = adt.generator_loss(model, None, critic, batch, adt.Config(path_steps=4, variant=variant))
     sum(terms.values()).backward()
     assert fake.shape == batch.image.shape and set(terms) == {"diff", "adv"}
     assert all(p.grad is None for p in critic.parameters())
@@ -44,11 +45,11 @@ def test_after_the_discriminator_half_only_the_heads_hold_gradients(world):
     model, critic, batch = world
     config = adt.Config(path_steps=4)
     critic.requires_grad_(False)
-    _, fake, cond = adt.generator_loss(model, critic, batch, config)
+    _, fake, known = adt.generator_loss(model, None, critic, batch, config)
     clear(model, critic)
     critic.requires_grad_(True)
-    loss, real, made = adt.discriminator_loss(critic, batch, fake, cond, config)
-    loss.backward()
+    losses, real, made = adt.discriminator_loss(critic, batch, fake, known, config)
+    losses["D"].backward()
     assert real.shape == made.shape
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in critic.parameters())
@@ -61,7 +62,7 @@ def test_the_adversarial_term_alone_reaches_every_tensor_of_the_network(world):
     for p in model.network.parameters():                     # a zero-initialised layer would hide a dead path
         torch.nn.init.normal_(p, std=.05)
     critic.requires_grad_(False)
-    terms, _, _ = adt.generator_loss(model, critic, batch, adt.Config(path_steps=3))
+    terms, _, _ = adt.generator_loss(model, None, critic, batch, adt.Config(path_steps=3))
     terms["adv"].backward()
     silent = [n for n, p in model.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
@@ -94,7 +95,7 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
 
 def test_lambda_zero_is_plain_diffusion_training(world):
     model, critic, batch = world
-    terms, fake, _ = adt.generator_loss(model, critic, batch, adt.Config(lambda_adv=0.))
+    terms, fake, _ = adt.generator_loss(model, None, critic, batch, adt.Config(lambda_adv=0.))
     assert set(terms) == {"diff"} and fake is None
 
 
@@ -115,8 +116,8 @@ class Recorder(torch.nn.Module):
 def test_discriminator_loss_is_the_hinge_of_the_right_pairs(world, real, made, loss):
     batch, fake = world[2], torch.zeros_like(world[2].image)
     critic = Recorder(real, made)
-    found, _, _ = adt.discriminator_loss(critic, batch, fake, {"pooled": None}, adt.Config(augment=0.))
-    assert found.item() == pytest.approx(loss)
+    found, _, _ = adt.discriminator_loss(critic, batch, fake, None, adt.Config(augment=0.))
+    assert found["D"].item() == pytest.approx(loss)
     for shown, meant in zip(critic.pairs, ((batch.image, batch.image), (batch.image, fake))):
         torch.testing.assert_close(shown, meant)
 
@@ -128,7 +129,7 @@ def test_generator_loss_is_the_weighted_sum_with_the_right_signs(world):
     for weight in (.5, 2.):
         torch.manual_seed(4)
         config = adt.Config(lambda_adv=weight, lambda_diff=3 * weight, path_steps=2)
-        found.append(adt.generator_loss(model, Recorder(7.), batch, config)[0])
+        found.append(adt.generator_loss(model, None, Recorder(7.), batch, config)[0])
     assert [terms["adv"].item() for terms in found] == pytest.approx([-3.5, -14.])
     assert found[1]["diff"].item() == pytest.approx(4 * found[0]["diff"].item(), rel=1e-3)
 
@@ -149,6 +150,6 @@ def test_pairs_differ_in_colour_and_share_their_geometry_if_told(geometry):
 def test_batches_of_any_size_work(world, n):
     model, critic, batch = world
     small = data.Batch(batch.image[:n], batch.caption[:n], batch.truth[:n], batch.named[:n])
-    terms, fake, cond = adt.generator_loss(model, critic, small, adt.Config(path_steps=2, guidance=2.))
-    loss, _, _ = adt.discriminator_loss(critic, small, fake, cond, adt.Config())
-    assert all(v.isfinite() for v in (*terms.values(), loss))
+    terms, fake, known = adt.generator_loss(model, None, critic, small, adt.Config(path_steps=2, guidance=2.))
+    found, _, _ = adt.discriminator_loss(critic, small, fake, known, adt.Config())
+    assert all(v.isfinite() for v in (*terms.values(), *found.values()))

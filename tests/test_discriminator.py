@@ -8,6 +8,7 @@ import torch
 import discriminator
 import losses
 import models
+from conftest import build_critic
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_diffusion_loss_is_zero_for_a_perfect_network_and_counts_every_element(t
 @pytest.mark.equation("ADT similarity")
 def test_similarity_is_scale_times_cosine_plus_bias(features, monkeypatch):
     """Heads replaced by known vectors at a known angle; their lengths must not matter."""
-    critic = discriminator.build("similarity", features, 16)
+    critic = build_critic("similarity", features, 16)
     critic.scale.data, critic.bias.data = torch.tensor(3.), torch.tensor(.5)
     vectors = iter([torch.tensor([5., 0.]), torch.tensor([2., 2.])] * 4)
     monkeypatch.setattr(discriminator.Head, "forward", lambda head, tokens: next(vectors).expand(1, 64, 2))
@@ -90,7 +91,7 @@ def test_times_cover_the_line(how):
 
 def test_backbone_cannot_be_unfrozen(features):
     before = fingerprint(features)
-    critic = discriminator.build("similarity", features, 128)
+    critic = build_critic("similarity", features, 128)
     critic.train().requires_grad_(True)
     assert not features.training and not features.backbone.training
     assert not any(v.requires_grad for v in features.buffers()) and len(list(features.buffers())) > 50
@@ -118,7 +119,7 @@ VARIANTS = ["similarity", "twin", "difference", "relative", "projected"]
 def test_every_variant_scores_each_sample_alone(features, variant):
     """Batch 1, odd batches, and a logit that does not depend on the other samples."""
     torch.manual_seed(0)
-    critic = discriminator.build(variant, features, 16).eval()
+    critic = build_critic(variant, features, 16).eval()
     x, y, text = torch.randn(5, 3, 32, 32), torch.randn(5, 3, 32, 32), torch.randn(5, 16)
     together = critic(x, y, text)
     assert together.shape[0] == 5 and together.isfinite().all()
@@ -130,14 +131,14 @@ def test_every_variant_scores_each_sample_alone(features, variant):
 @pytest.mark.parametrize("pool", ["tokens", "score", "mean"])
 def test_siamese_is_symmetric(features, variant, pool):
     torch.manual_seed(0)
-    critic = discriminator.build(variant, features, 16, pool).eval()
+    critic = build_critic(variant, features, 16, pool).eval()
     x, y = torch.randn(2, 3, 3, 32, 32)
     torch.testing.assert_close(critic(x, y), critic(y, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.equation("ADT similarity")
 def test_identical_pictures_are_as_similar_as_can_be(features):
-    critic = discriminator.build("similarity", features, 16).eval()
+    critic = build_critic("similarity", features, 16).eval()
     x, y = torch.randn(2, 3, 3, 32, 32)
     torch.testing.assert_close(critic(x, x), torch.full((3, 4 * 64), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
     assert (critic(x, y).mean(1) < 2 - 1e-3).all()
@@ -145,7 +146,7 @@ def test_identical_pictures_are_as_similar_as_can_be(features):
 
 def test_relative_is_antisymmetric(features):
     torch.manual_seed(0)
-    critic = discriminator.build("relative", features, 16).eval()
+    critic = build_critic("relative", features, 16).eval()
     x, y = torch.randn(2, 3, 3, 32, 32)
     torch.testing.assert_close(critic(x, y), -critic(y, x), rtol=1e-4, atol=1e-5)
     assert critic(x, x).abs().max() < 1e-5 < critic(x, y).abs().max()
@@ -153,7 +154,7 @@ def test_relative_is_antisymmetric(features):
 
 def test_score_is_the_mean_of_the_tokens_verdicts(features):
     torch.manual_seed(0)
-    each, score = (discriminator.build("twin", features, 16, pool).eval() for pool in ("tokens", "score"))
+    each, score = (build_critic("twin", features, 16, pool).eval() for pool in ("tokens", "score"))
     score.load_state_dict(each.state_dict())
     x, y = torch.randn(2, 3, 3, 32, 32)
     torch.testing.assert_close(each(x, y).view(3, 4, 64).mean(2), score(x, y), rtol=1e-4, atol=1e-5)
@@ -162,7 +163,7 @@ def test_score_is_the_mean_of_the_tokens_verdicts(features):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_reaches_the_generated_picture_and_never_the_reference(features, variant):
     """A frozen discriminator still teaches: its weights get nothing, the picture it is shown does."""
-    critic = discriminator.build(variant, features, 16).requires_grad_(False)
+    critic = build_critic(variant, features, 16).requires_grad_(False)
     real, fake = (torch.randn(2, 3, 32, 32, requires_grad=True) for _ in range(2))
     losses.hinge_generator(critic(real, fake, torch.randn(2, 16))).backward()
     assert fake.grad.abs().sum() > 0 and real.grad is None
@@ -172,7 +173,7 @@ def test_gradient_reaches_the_generated_picture_and_never_the_reference(features
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_head_weight_learns(features, variant):
     torch.manual_seed(0)
-    critic = discriminator.build(variant, features, 16).requires_grad_(True)
+    critic = build_critic(variant, features, 16).requires_grad_(True)
     logits = critic(torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(3, 16))
     (logits * torch.randn(logits.shape)).sum().backward()
     silent = [n for n, p in critic.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -182,11 +183,11 @@ def test_every_head_weight_learns(features, variant):
 
 def test_unknown_variant_is_a_sentence(features):
     with pytest.raises(ValueError, match="wanted similarity, twin"):
-        discriminator.build("triplet", features, 16)
+        discriminator.Siamese(features, "triplet")
 
 
 def test_projection_reads_the_caption(features):
-    critic = discriminator.build("projected", features, 16)
+    critic = build_critic("projected", features, 16)
     x = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(critic(x, x, torch.ones(2, 16)), critic(x, x, -torch.ones(2, 16)))
 

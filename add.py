@@ -1,0 +1,144 @@
+"""ADD, Adversarial Diffusion Distillation (Sauer et al. 2023, arXiv 2311.17042): one step, made to look like
+fifty.
+
+A student starts as a copy of the diffusion model and learns to leap: from a noised picture at one of four
+times straight to the end. A discriminator says whether the leap looks real; the frozen teacher, asked about
+the student's own leap noised again, says where it should have landed.
+
+    L = L_adv(x0_hat) + lambda E_{t,eps'} c(t) || x0_hat - x0_psi(sg[alpha_t x0_hat + sigma_t eps'], t) ||^2
+
+Same three names as adt.py: Config, generator_loss, discriminator_loss.                Read next: train.py"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+
+import discriminator
+import losses
+import sampler
+
+
+@dataclass
+class Config:
+    """Each field carries its provenance: paper, secondary (public code and readings of it), ours."""
+    # the student
+    student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
+    # the teacher
+    weighting: Annotated[Literal["exponential", "sds", "nfsd"],
+                         "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
+    lambda_distill: Annotated[float, "ours: weight of the distillation (paper: 2.5); 0 = none"] = 0.5
+    lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
+    teacher_guidance: Annotated[float, "ours: the teacher's classifier-free guidance"] = 1.0
+    teacher_steps: Annotated[int, "paper: sampler steps the teacher takes to its x0"] = 1
+    distance: Annotated[Literal["squared", "l1", "huber"], "paper: d, the squared one was best"] = "squared"
+    space: Annotated[Literal["pixel", "latent"], "paper: where the distance is taken"] = "pixel"
+    negative: Annotated[str, "ours: NFSD's negative prompt"] = ""
+    # the discriminator
+    condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
+    gamma: Annotated[float, "paper: R1 on the heads' inputs"] = 1e-5
+    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
+    # the optimisers
+    batch: Annotated[int, "ours: pictures per step"] = 32
+    lr: Annotated[float, "ours: AdamW, student"] = 2e-4
+    lr_d: Annotated[float, "ours: AdamW, heads"] = 2e-3
+    beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
+    clip: Annotated[float, "ours: largest gradient norm, student; 0 = no limit"] = 1.0
+    clip_d: Annotated[float, "ours: largest gradient norm, heads; 0 = no limit"] = 1.0
+    ema: Annotated[float, "ours: decay of the averaged student, the one that is kept"] = 0.99
+    warmup_d: Annotated[int, "ours: first steps in which the adversary learns but does not teach"] = 0
+
+    def __post_init__(self):
+        if min(self.batch, self.student_steps, self.teacher_steps) < 1:
+            raise ValueError("batch, student_steps and teacher_steps are 1 or more")
+        if max(self.ema, self.beta1_d, self.augment) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1_d and augment are shares between 0 and 1")
+        if self.lambda_adv == self.lambda_distill == 0:
+            raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
+
+    def rows(self):
+        """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
+        path; the student leaps, and between leaps its picture is noised afresh."""
+        return ([("before", steps, {}) for steps in (1, 4, 25)]
+                + [("after", steps, {"fresh": 1.}) for steps in (1, 2, 4)])
+
+    def critic(self, features, text_width):
+        known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
+        return discriminator.Projected(features, known[self.condition])
+
+
+def knowledge(critic, batch, cond, terminal, config):
+    """c = (c_text, c_img), what the discriminator may know of either picture (B, C). c_img is the CLS token
+    of the real x_0, since below the last time the student sees some of it; at the last (`terminal`, (B,)) it
+    cannot, and c_img is zero there for real and fake alike, or its presence would give the answer away."""
+    parts = []
+    if config.condition in ("both", "text"):
+        parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
+    if config.condition in ("both", "image"):
+        parts.append(critic.features.summary(batch.image) * ~terminal[:, None])
+    return torch.cat(parts, 1) if parts else None
+
+
+def leap(model, x0, cond, config):
+    """x_s from the real x_0 at a random student time; one call of the network -> x0_hat (B, C, h, w), with
+    gradient, and which samples started from pure noise (B,)."""
+    times = sampler.timeline(model.T, config.student_steps).to(x0.device)
+    s = times[torch.randint(len(times), (len(x0),))]                          # tau_1 … tau_n = T, uniform
+    terminal, eps = s == model.T - 1, torch.randn_like(x0)
+    # zero terminal SNR, whatever the schedule says alpha_T is: nothing of x_0 reaches the network
+    x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
+    return model.split(x_s, model.predict(x_s, s, cond).to(x_s.dtype), s)[0], terminal
+
+
+@torch.no_grad()
+def advice(teacher, x0_hat, cond, config):
+    """The teacher's opinion of the student's own leap -> target (B, C, h, w), c(t) (B,)."""
+    most = teacher.T - 1 if config.weighting == "nfsd" else teacher.T         # nfsd divides by alpha_t
+    t, eps = torch.randint(most, (len(x0_hat),), device=x0_hat.device), torch.randn_like(x0_hat)
+    x_t, uncond = teacher.add_noise(x0_hat, t, eps), teacher.condition([""])  # ADD eq. 4: not the real one
+    alpha, sigma = teacher.at(t)
+    weight = losses.distillation_weight(config.weighting, alpha, sigma).flatten()
+    if config.weighting == "nfsd":
+        empty, bad = ({k: v.expand_as(cond[k]) for k, v in c.items()}
+                      for c in (uncond, teacher.condition([config.negative])))
+        said = [teacher.split(x_t, teacher.predict(x_t, t, c).to(x_t.dtype), t)[1]
+                for c in (empty, cond, bad)]
+        small = (t < teacher.T // 5).view(-1, 1, 1, 1)                        # 200 of 1000
+        return losses.nfsd_target(x0_hat, alpha, sigma, *said, small), weight
+    n = config.teacher_steps
+    times = torch.stack([t * (n - i) // n for i in range(n)])                 # (n, B): from t down, evenly
+    return sampler.rollout(teacher, x_t, times, cond, uncond, config.teacher_guidance), weight
+
+
+def generator_loss(model, teacher, critic, batch, config):
+    """-> {term: weighted loss}, the student's picture (B, 3, H, W) with its graph, and what the discriminator
+    may know (B, C) or None."""
+    with torch.no_grad():
+        x0 = model.encode(batch.image)
+        cond = model.condition(batch.caption)
+    x0_hat, terminal = leap(model, x0, cond, config)
+    fake, terms = model.decode(x0_hat), {}
+    known = knowledge(critic, batch, cond, terminal, config)
+    if config.lambda_adv:
+        seen = discriminator.augment(fake, discriminator.geometry(len(fake), fake.device), config.augment)
+        adv = losses.hinge_generator(critic(None, seen, known))               # ADD eq. 2
+        terms["adv"] = config.lambda_adv * adv
+    if config.lambda_distill:
+        target, weight = advice(teacher, x0_hat.detach(), cond, config)
+        ours, theirs = (fake, teacher.decode(target)) if config.space == "pixel" else (x0_hat, target)
+        gap = losses.distance(config.distance, ours, theirs.detach())
+        terms["distill"] = config.lambda_distill * (weight * gap).mean()      # ADD eq. 4
+    return terms, fake, known                                                 # ADD eq. 1: their sum
+
+
+def discriminator_loss(critic, batch, fake, known, config):
+    """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart."""
+    real, made = (discriminator.augment(x, discriminator.geometry(len(x), x.device), config.augment)
+                  for x in (batch.image, fake.detach()))
+    tokens = [f.detach().requires_grad_(config.gamma > 0) for f in critic.features(real)]
+    real, made = critic.score(tokens, known), critic(None, made, known)
+    terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3
+    if config.gamma:
+        terms["R1"] = config.gamma * losses.r1(real, tokens)
+    return terms, real, made

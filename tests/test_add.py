@@ -1,0 +1,325 @@
+"""The ADD algorithm: every mistake seen in public attempts has a test here that it would fail."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+import add
+import data
+import discriminator
+import losses
+import models
+import sampler
+
+CONDITIONS = ["both", "text", "image", "none"]
+
+
+@pytest.fixture(scope="module")
+def world(glyphs):
+    torch.manual_seed(0)
+    model = models.build("tiny", "glyphs")
+    teacher = deepcopy(model).eval().requires_grad_(False)
+    critic = add.Config().critic(discriminator.Features(models.features("glyphs")), 128)
+    return model, teacher, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
+
+
+def clear(*modules):
+    for module in modules:
+        for p in module.parameters():
+            p.grad = None
+
+
+# ------------------------------------------------------------------------------------------- the student
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
+    """Zero terminal SNR for every target: two pictures, the same noise, the same input. Below the last time
+    the inputs do differ."""
+    model, inputs = toy(target), []
+    cond = model.condition(["a"] * 64)
+    for value in (-3., 3.):
+        torch.manual_seed(1)
+        model.calls.clear()
+        picture = torch.full((64, 2, 4, 4), value, dtype=torch.float64)
+        _, terminal = add.leap(model, picture, cond, add.Config())
+        inputs.append(model.calls[0][0])
+    apart = (inputs[0] - inputs[1]).abs().flatten(1).amax(1)
+    assert 4 < terminal.sum() < 30 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
+
+
+def test_the_student_is_told_the_time_its_input_was_noised_to(toy):
+    """The index into a list of times is not a time: alpha of the time it is told is the share of picture."""
+    model = toy()
+    picture = torch.full((64, 2, 64, 64), 3., dtype=torch.float64)
+    _, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config())
+    x, time, _ = model.calls[0]
+    told = (time * model.T).round().long()
+    assert sorted(set(told.tolist())) == [249, 499, 749, 999] and ((told == 999) == terminal).all()
+    alpha, sigma = model.at(told)
+    torch.testing.assert_close(x.mean((1, 2, 3)) / 3, alpha.flatten(), rtol=0, atol=.03)
+    torch.testing.assert_close(x.std((1, 2, 3)), sigma.flatten(), rtol=.05, atol=0)
+
+
+def test_the_student_of_an_eps_model_keeps_the_schedules_alpha(toy):
+    """Pure noise goes in, but x0 comes out by the schedule's own (alpha_T, sigma_T): 0/0 is never near."""
+    model = toy("eps")
+    torch.manual_seed(0)
+    x0_hat, terminal = add.leap(model, torch.zeros(32, 2, 4, 4, dtype=torch.float64),
+                                model.condition(["a"] * 32), add.Config())
+    alpha, sigma = model.at(torch.tensor([999]))
+    x, time, _ = model.calls[0]
+    expected = (x - sigma * model.output(x, time, model.condition(["a"] * 32))) / alpha
+    torch.testing.assert_close(x0_hat[terminal], expected[terminal])
+    assert x0_hat.isfinite().all()
+
+
+def test_later_steps_of_the_student_noise_its_own_picture(toy, monkeypatch):
+    """few_step: the second input is alpha x0_hat + sigma fresh noise. (Noising the truth again would look
+    fine in training and fail in use.)"""
+    model, seen = toy(), []
+    def constant(x, time, cond):                             # the flow that means x0 = 5 everywhere
+        seen.append((x, time))
+        alpha, sigma = model.at((time * model.T).round().long())
+        return (x - 5 * alpha) / sigma - 5
+    monkeypatch.setattr(model, "output", constant)
+    noise = torch.randn(1, 2, 64, 64, dtype=torch.float64)
+    made = sampler.few_step(model, noise, sampler.timeline(model.T, 4), model.condition(["a"]),
+                            torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made, torch.full_like(made, 5.))
+    for x, time in seen[1:]:
+        alpha, sigma = model.at((time * model.T).round().long())
+        rest = (x - 5 * alpha) / sigma
+        assert abs(rest.std() - 1) < .05 and abs((rest * noise).mean()) < .05        # new noise, not the old
+
+
+# ------------------------------------------------------------------------------------------- the teacher
+
+@pytest.mark.equation("ADD eq. 4")
+def test_the_teacher_judges_the_students_own_picture_noised_again(toy):
+    teacher = toy().requires_grad_(False)
+    leapt = torch.full((64, 2, 64, 64), 7., dtype=torch.float64)
+    add.advice(teacher, leapt, teacher.condition(["a"] * 64), add.Config())
+    x, time, with_gradient = teacher.calls[0]
+    alpha, sigma = teacher.at((time * teacher.T).round().long())
+    torch.testing.assert_close(x.mean((1, 2, 3)), 7 * alpha.flatten(), rtol=0, atol=.08)
+    assert len(set(time.tolist())) > 40 and not with_gradient                # every sample its own t
+
+
+@pytest.mark.equation("ADD eq. 4")
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_teacher_that_knows_the_answer_gives_it_in_any_number_of_steps(toy, monkeypatch, steps):
+    teacher, times = toy().requires_grad_(False), []
+    def oracle(x, time, cond):
+        t = (time * teacher.T).round().long()
+        times.append(t)
+        alpha, sigma = teacher.at(t)
+        return (x - 2 * alpha) / sigma - 2                   # the flow that means x0 = 2
+    monkeypatch.setattr(teacher, "output", oracle)
+    x0 = torch.zeros(32, 2, 4, 4, dtype=torch.float64)
+    target, weight = add.advice(teacher, x0, teacher.condition(["a"] * 32), add.Config(teacher_steps=steps))
+    torch.testing.assert_close(target, torch.full_like(target, 2.))
+    torch.testing.assert_close(weight, teacher.alpha[times[0]])              # c(t) of the t it began at
+    assert len(times) == steps and all((b <= a).all() for a, b in zip(times, times[1:]))
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_sds_weighting_gives_dreamfusions_gradient(toy):
+    """d/dx0 of c(t) |x0 - x0_psi|^2 is w(t) (eps_psi - eps'), with w = sigma^2."""
+    teacher = toy("eps").requires_grad_(False)
+    t, cond = torch.tensor([50, 400, 990]), teacher.condition(["a"] * 3)
+    x0 = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    eps = torch.randn_like(x0)
+    x_t, (alpha, sigma) = teacher.add_noise(x0.detach(), t, eps), teacher.at(t)
+    target, eps_psi = teacher.split(x_t, teacher.predict(x_t, t, cond), t)
+    weight = losses.distillation_weight("sds", alpha, sigma)
+    slope = torch.autograd.grad((weight * (x0 - target).square()).sum(), x0)[0]
+    torch.testing.assert_close(slope, sigma ** 2 * (eps_psi - eps))
+    exponential = losses.distillation_weight("exponential", alpha, sigma)    # is SDS with w = 2 sigma
+    torch.testing.assert_close(exponential * sigma ** 2, weight * 2 * sigma)
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_nfsd_target_pulls_along_the_scores_it_names():
+    alpha, sigma = torch.tensor([.9, .4]).view(-1, 1, 1, 1), torch.tensor([.3, .8]).view(-1, 1, 1, 1)
+    x0, empty, caption, bad = torch.randn(4, 2, 3, 4, 4)
+    x0.requires_grad_()
+    small = torch.tensor([True, False]).view(-1, 1, 1, 1)
+    target = losses.nfsd_target(x0, alpha, sigma, empty, caption, bad, small, 7.5).detach()
+    weight = losses.distillation_weight("nfsd", alpha, sigma)
+    slope = torch.autograd.grad((weight * (x0 - target).square()).sum(), x0)[0] / sigma ** 2
+    torch.testing.assert_close(slope[0], (empty + 7.5 * (caption - empty))[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope[1], (empty - bad + 7.5 * (caption - empty))[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.equation("ADD eq. 4")
+@pytest.mark.parametrize("how", ["exponential", "sds"])
+def test_clean_targets_count_more_than_noisy_ones(toy, how):
+    """c(t) the wrong way round would trust the teacher most where it knows least."""
+    model = toy("eps")
+    weight = losses.distillation_weight(how, model.alpha, model.sigma)
+    assert (weight[600:].diff() < 0).all() and weight[999] < .2 * weight.max()
+    with pytest.raises(ValueError, match="exponential, sds or nfsd"):
+        losses.distillation_weight("dmd", model.alpha, model.sigma)
+
+
+@pytest.mark.parametrize("how", ["squared", "l1", "huber"])
+def test_distance_is_a_mean_that_vanishes_at_the_target(how):
+    a = torch.randn(3, 2, 4, 4)
+    assert losses.distance(how, a, a).abs().max() < 1e-6
+    wide = losses.distance(how, a.repeat(1, 1, 2, 2), 0 * a.repeat(1, 1, 2, 2))
+    torch.testing.assert_close(wide, losses.distance(how, a, 0 * a))         # the same at every resolution
+    far = {"squared": 100., "l1": 10., "huber": 10.}[how]
+    assert losses.distance(how, torch.full((1, 9), 10.), torch.zeros(1, 9)).item() == pytest.approx(far, .01)
+
+
+# ------------------------------------------------------------------------------------- the discriminator
+
+@pytest.mark.equation("ADD eq. 3")
+def test_r1_of_linear_heads_is_the_squared_norm_of_their_weights():
+    torch.manual_seed(0)
+    weights = [torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)]
+    inputs = [torch.randn(4, 6, width, requires_grad=True) for width in (5, 7)]     # (B, tokens, width)
+    logits = torch.cat([(x @ w).flatten(1) for x, w in zip(inputs, weights)], 1)
+    penalty = losses.r1(logits, inputs)
+    analytic = sum(6 * w.sum(1).square().sum() for w in weights)             # every token adds |W 1|^2
+    torch.testing.assert_close(penalty, analytic)
+    slope = torch.autograd.grad(penalty, weights[0])[0]
+    torch.testing.assert_close(slope, 12 * weights[0].sum(1, keepdim=True).expand(-1, 3))
+
+
+@pytest.mark.equation("ADD eq. 3")
+def test_r1_acts_on_logits_of_convincing_pictures_and_stops_at_the_heads(world):
+    """A penalty on the hinge would vanish where real logits exceed 1; one through the backbone would need its
+    second derivatives. Neither here: every head learns from R1 alone, and pictures get no gradient."""
+    _, _, critic, batch = world
+    config = add.Config(gamma=1., condition="none")
+    critic = config.critic(critic.features, 128).requires_grad_(True).train()
+    for head in critic.heads:
+        head.leave.bias.data.fill_(100.)                     # all real logits far beyond the margin
+    image = batch.image.clone().requires_grad_()
+    shown = data.Batch(image, batch.caption, batch.truth, batch.named)
+    terms, real, _ = add.discriminator_loss(critic, shown, torch.zeros_like(image), None, config)
+    assert real.min() > 1
+    terms["R1"].backward()
+    assert image.grad is None
+    assert all(head.enter.parametrizations.weight.original.grad.abs().sum() > 0 for head in critic.heads)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_what_the_discriminator_may_know_changes_its_verdict(world, condition):
+    model, _, critic, batch = world
+    config = add.Config(condition=condition)
+    torch.manual_seed(0)
+    critic = config.critic(critic.features, 128).eval()
+    cond, none = model.condition(batch.caption), torch.zeros(4, dtype=torch.bool)
+    known = add.knowledge(critic, batch, cond, none, config)
+    swapped = data.Batch(batch.image.flip(0), batch.caption[::-1], batch.truth.flip(0), batch.named.flip(0))
+    other = add.knowledge(critic, swapped, model.condition(batch.caption[::-1]), none, config)
+    logits = critic(None, batch.image, known)
+    assert logits.shape == (4, 4 * 64)
+    assert torch.equal(logits, critic(None, batch.image, other)) == (condition == "none")
+
+
+@pytest.mark.parametrize("condition", ["both", "image"])
+def test_at_the_last_time_the_real_picture_is_unknown_to_both_branches(world, condition):
+    """c_img is zero there; one c serves real and fake, so its presence tells them nothing."""
+    model, _, critic, batch = world
+    config, terminal = add.Config(condition=condition, gamma=0.), torch.tensor([True, False, True, False])
+    known = add.knowledge(config.critic(critic.features, 128), batch, model.condition(batch.caption),
+                          terminal, config)
+    about_image = known[:, -128:]
+    assert (about_image[terminal] == 0).all() and (about_image[~terminal].abs().sum(1) > 1).all()
+    shown = []
+    class Recorder(torch.nn.Module):
+        features = critic.features
+        def score(self, tokens, c):
+            shown.append(c)
+            return tokens[0].mean((1, 2))[:, None]
+        def forward(self, _, picture, c):
+            return self.score(self.features(picture), c)
+    add.discriminator_loss(Recorder(), batch, batch.image, known, config)
+    assert len(shown) == 2 and shown[0] is shown[1]
+
+
+# ------------------------------------------------------------------------------------------ the whole step
+
+@pytest.mark.equation("ADD eq. 1")
+@pytest.mark.parametrize("weighting", ["exponential", "sds", "nfsd"])
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_after_the_generator_half_only_the_student_holds_gradients(world, weighting, space):
+    model, teacher, critic, batch = world
+    critic.requires_grad_(False)
+    clear(model, teacher, critic)
+    config = add.Config(weighting=weighting, space=space)
+    terms, fake, _ = add.generator_loss(model, teacher, critic, batch, config)
+    assert set(terms) == {"adv", "distill"} and fake.requires_grad and fake.shape == batch.image.shape
+    sum(terms.values()).backward()
+    assert all(p.grad is None for other in (critic, teacher, model.text) for p in other.parameters())
+    assert all(p.grad is not None for p in model.network.parameters())
+
+
+@pytest.mark.equation("ADD eq. 3")
+def test_after_the_discriminator_half_only_the_heads_hold_gradients(world):
+    model, teacher, critic, batch = world
+    critic.requires_grad_(False)
+    _, fake, known = add.generator_loss(model, teacher, critic, batch, add.Config())
+    clear(model, teacher, critic)
+    critic.requires_grad_(True)
+    terms, real, made = add.discriminator_loss(critic, batch, fake, known, add.Config())
+    assert set(terms) == {"D", "R1"} and real.shape == made.shape
+    sum(terms.values()).backward()
+    assert all(p.grad is None for other in (model, teacher) for p in other.parameters())
+    assert all(p.grad is not None for p in critic.parameters())
+    critic.requires_grad_(False)
+
+
+@pytest.mark.equation("ADD eq. 2")
+@pytest.mark.parametrize("term", ["adv", "distill"])
+def test_each_term_alone_reaches_every_tensor_of_the_student(world, term):
+    model, teacher, critic, batch = world
+    model = deepcopy(model)
+    for p in model.network.parameters():
+        torch.nn.init.normal_(p, std=.05)
+    critic.requires_grad_(False)
+    weights = {"lambda_adv": float(term == "adv"), "lambda_distill": float(term == "distill")}
+    terms, _, _ = add.generator_loss(model, teacher, critic, batch, add.Config(**weights))
+    assert set(terms) == {term}
+    terms[term].backward()
+    silent = [n for n, p in model.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.equation("ADD eq. 2")
+@pytest.mark.equation("ADD eq. 1")
+def test_the_terms_carry_their_weights_and_signs(world):
+    model, teacher, _, batch = world
+    class Praise(torch.nn.Module):
+        features = world[2].features
+        def forward(self, _, picture, c):
+            return 7 + 0 * picture.mean((1, 2, 3))[:, None]
+    found = []
+    for weight in (.5, 2.):
+        torch.manual_seed(3)
+        config = add.Config(lambda_adv=weight, lambda_distill=3 * weight)
+        found.append(add.generator_loss(model, teacher, Praise(), batch, config)[0])
+    assert [terms["adv"].item() for terms in found] == pytest.approx([-3.5, -14.])
+    assert found[1]["distill"].item() == pytest.approx(4 * found[0]["distill"].item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_batches_of_any_size_work(world, n, condition):
+    model, teacher, critic, batch = world
+    config = add.Config(condition=condition, teacher_steps=2, teacher_guidance=2.)
+    critic = config.critic(critic.features, 128)
+    small = data.Batch(batch.image[:n], batch.caption[:n], batch.truth[:n], batch.named[:n])
+    terms, fake, known = add.generator_loss(model, teacher, critic, small, config)
+    judged, _, _ = add.discriminator_loss(critic, small, fake, known, config)
+    assert all(v.isfinite() for v in (*terms.values(), *judged.values()))
+
+
+@pytest.mark.parametrize("bad", [{"student_steps": 0}, {"ema": 1.}, {"lambda_adv": 0., "lambda_distill": 0.}])
+def test_settings_that_make_no_sense_are_a_sentence(bad):
+    with pytest.raises(ValueError):
+        add.Config(**bad)
