@@ -28,6 +28,7 @@ class Config:
     train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 3
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
     start: Annotated[Literal["image", "text"], "paper: a noised real picture, or pure noise"] = "image"
+    starts: Annotated[int, "ours: an image start is one of the path's so many noisiest; 0 = any (paper)"] = 0
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
     checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
@@ -71,7 +72,8 @@ def simulate(model, x0, cond, uncond, config):
     """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
     from there. One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
     times = sampler.timeline(model.T, config.path_steps)
-    first = int(torch.randint(config.path_steps, ())) if config.start == "image" else 0
+    most = min(config.starts or config.path_steps, config.path_steps)
+    first = int(torch.randint(most, ())) if config.start == "image" else 0
     times = times[first:]                                    # ADT start: t_s uniform over the path
     eps = torch.randn_like(x0)
     x = eps if config.start == "text" else model.add_noise(x0, times[:1].to(x0.device), eps)

@@ -74,7 +74,8 @@ class Siamese(nn.Module):
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
       twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
       difference   head(|h(x) - h(y)|)                         the classic siamese network
-      relative     head(h(y)) - head(h(x))                     is y less real than x? what they share cancels
+      relative     head(h(y)) - head(h(x))                     is y less real than x? what they share cancels;
+                                                               spectral norm, or its logits run away
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
     verdicts, `mean` averages the tokens first and compares two vectors per block.
     """
@@ -88,7 +89,8 @@ class Siamese(nn.Module):
             raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
         self.features, self.variant, self.pool = features, variant, pool
         def heads():
-            return nn.ModuleList(Head(features.width, width, width) for _ in features.blocks)
+            return nn.ModuleList(Head(features.width, width, width, spectral=variant == "relative")
+                                 for _ in features.blocks)
         self.heads = heads()
         if variant == "similarity":
             self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))

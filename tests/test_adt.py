@@ -88,6 +88,10 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
         assert abs(x.mean() - 3 * alpha) < 6 * sigma / 64 / 2 ** .5 + 1e-9
         assert abs(x.std() - sigma) < .05
     seen.clear()
+    for _ in range(60):
+        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, starts=2))
+    assert {len(times) for _, times in seen} == {4, 5}      # the two noisiest of the path
+    seen.clear()
     for _ in range(10):
         adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="text"))
     assert all(len(times) == 5 and abs(x.mean()) < .08 for x, times in seen)
