@@ -107,6 +107,20 @@ class Examiner:
         return {"steps": steps, "guidance": guidance, **figures, "excess": figures["fd"] - self.floor["fd"]}
 
 
+def examine(players, captions, examiner=None, seed=0):
+    """[(name, model, steps, sampler settings)] -> rows for `table` (none without an examiner), the real
+    pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
+    rows, shown = [], []
+    for name, model, steps, settings in players:
+        label = f"{name}, {steps} step{'s' * (steps > 1)}"
+        shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))
+        if examiner:
+            rows.append((label, examiner.measure(model, steps, seed=seed, **settings)))
+    if examiner:
+        rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
+    return rows, shown
+
+
 def table(rows):
     """[(name, figures)] -> Markdown, one line each. Columns are the figures of the first row."""
     columns = [k for k in rows[0][1] if k != "guidance"]
@@ -258,16 +272,10 @@ def main(argv=None):
             raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    rows, shown = [], []
-    for group, model, _, _, habits in found:
-        settings = {**habits, **chosen}
-        for steps in a.steps:
-            label = f"{group}, {steps} step{'s' * (steps > 1)}"
-            shown.append((label, sample(model, captions, steps, seed=a.seed + 1, **settings)))
-            if examiner:
-                rows.append((label, examiner.measure(model, steps, seed=a.seed, **settings)))
+    rows, shown = examine([(group, model, steps, {**habits, **chosen})
+                           for group, model, _, _, habits in found for steps in a.steps],
+                          captions, examiner, a.seed)
     if examiner:
-        rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
         print(table(gather(rows)))
     picture(list(dict(shown).items()), a.out, captions if examiner else None, note=" ".join(sys.argv))
     print(f"wrote {a.out}")

@@ -110,11 +110,11 @@ class Run:
             terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
                                                             config)
         self.opt_g.zero_grad()
-        before = None
+        if self.done < config.warmup_d:
+            terms.pop("adv", None)                           # who knows nothing teaches nothing
+        before, last = None, list(terms)[-1:]
         for name, term in terms.items():
-            if name == "adv" and self.done < config.warmup_d:
-                continue                                  # a discriminator that knows nothing teaches nothing
-            term.backward(retain_graph=True)                 # the terms may share a graph; each is measured
+            term.backward(retain_graph=[name] != last)       # terms may share a graph; each is measured
             seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
             before = [p.grad.clone() for p in self.weights if p.grad is not None]
         self.finite(seen)
@@ -291,12 +291,9 @@ def prepare(arguments):
 
 def report(run, examiner, out, captions):
     """The before/after table and picture."""
-    after, rows, shown = run.result(), [], []
-    for who, steps, settings in run.config.rows():
-        model, label = after if who == "after" else run.teacher, f"{who}, {steps} step{'s' * (steps > 1)}"
-        rows.append((label, examiner.measure(model, steps, **settings)))
-        shown.append((label, evaluate.sample(model, captions, steps, seed=1, **settings)))
-    rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
+    players = {"before": run.teacher, "after": run.result()}
+    rows, shown = evaluate.examine([(who, players[who], steps, settings)
+                                    for who, steps, settings in run.config.rows()], captions, examiner)
     write(out / "result.json", json.dumps(dict(rows), indent=1))
     text = evaluate.table(rows)
     write(out / "table.md", text + "\n")

@@ -46,6 +46,12 @@ def build_critic(variant, features, text_width, pool="tokens"):
     return adt.Config(variant=variant, pool=pool).critic(features, text_width)
 
 
+def clear(*modules):
+    for module in modules:
+        for p in module.parameters():
+            p.grad = None
+
+
 @pytest.fixture
 def toy():
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from conftest import clear
 
 import add
 import data
@@ -22,12 +23,6 @@ def world(glyphs):
     teacher = deepcopy(model).eval().requires_grad_(False)
     critic = add.Config().critic(discriminator.Features(models.features("glyphs")), 128)
     return model, teacher, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
-
-
-def clear(*modules):
-    for module in modules:
-        for p in module.parameters():
-            p.grad = None
 
 
 # ------------------------------------------------------------------------------------------- the student

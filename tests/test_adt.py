@@ -9,7 +9,7 @@ import adt
 import data
 import discriminator
 import models
-from conftest import build_critic
+from conftest import build_critic, clear
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,6 @@ def world(glyphs):
     model = models.build("tiny", "glyphs")
     critic = build_critic("similarity", discriminator.Features(models.features("glyphs")), 128)
     return model, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
-
-
-def clear(*modules):
-    for module in modules:
-        for p in module.parameters():
-            p.grad = None
 
 
 @pytest.mark.equation("ADT L_G")
