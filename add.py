@@ -42,18 +42,19 @@ class Config:
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, student"] = 2e-4
+    beta1: Annotated[float, "ours: momentum of the student"] = 0.9
     lr_d: Annotated[float, "ours: AdamW, heads"] = 2e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, student; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "ours: largest gradient norm, heads; 0 = no limit"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged student, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps in which the adversary learns but does not teach"] = 0
+    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 0
 
     def __post_init__(self):
         if min(self.batch, self.student_steps, self.teacher_steps) < 1:
             raise ValueError("batch, student_steps and teacher_steps are 1 or more")
-        if max(self.ema, self.beta1_d, self.augment) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1_d and augment are shares between 0 and 1")
+        if max(self.ema, self.beta1, self.beta1_d, self.augment) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1, beta1_d and augment are shares between 0 and 1")
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
 
@@ -136,9 +137,9 @@ def discriminator_loss(critic, batch, fake, known, config):
     """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart."""
     real, made = (discriminator.augment(x, discriminator.geometry(len(x), x.device), config.augment)
                   for x in (batch.image, fake.detach()))
-    tokens = [f.detach().requires_grad_(config.gamma > 0) for f in critic.features(real)]
-    real, made = critic.score(tokens, known), critic(None, made, known)
+    maps = [f.detach().requires_grad_(config.gamma > 0) for f in critic.features(real)]
+    real, made = critic.score(maps, known), critic(None, made, known)
     terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3
     if config.gamma:
-        terms["R1"] = config.gamma * losses.r1(real, tokens)
+        terms["R1"] = config.gamma * losses.r1(real, maps)
     return terms, real, made

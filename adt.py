@@ -45,18 +45,21 @@ class Config:
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
+    beta1: Annotated[float, "ours: momentum of the generator"] = 0.9
     lr_d: Annotated[float, "ours: AdamW, discriminator"] = 3e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps in which the adversary learns but does not teach"] = 10
+    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 10
 
     def __post_init__(self):
         if min(self.batch, self.path_steps, self.train_steps) < 1:
             raise ValueError("batch, path_steps and train_steps are 1 or more")
-        if max(self.ema, self.beta1_d, self.leak, self.drop_caption, self.augment) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
+        if max(self.ema, self.beta1, self.beta1_d, self.leak, self.drop_caption, self.augment) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
+        if self.lambda_adv == 0:
+            self.warmup_d = 0                                # there is no adversary to wait for
 
     def rows(self):
         """Who is measured at the end of a run: (name, steps, sampler settings)."""

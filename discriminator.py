@@ -17,58 +17,69 @@ from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
 
 
-
 class Features(nn.Module):
-    """The frozen backbone: pictures in [-1, 1] -> token maps of the chosen blocks. It cannot be unfrozen: its
+    """The frozen backbone: pictures in [-1, 1] -> maps of the chosen layers. It cannot be unfrozen: its
     weights become buffers, which requires_grad_ does not reach, nor an optimiser, nor a checkpoint."""
 
-    def __init__(self, backbone, blocks=(0, 2, 4, 6)):
-        """backbone(image) -> (token maps, CLS tokens), block 0 being the patch embedding."""
+    def __init__(self, backbone, layers=(0, 1, 2, 4, 6)):
+        """backbone(image) -> (maps (B, D, h, w), CLS tokens (B, D) or None): layers of TinyViT, by default
+        both of its stem, the embedded patches, the second and the last block."""
         super().__init__()
         for module in backbone.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, weight.detach(), persistent=False)
-        self.backbone, self.blocks = backbone.eval(), tuple(blocks)
+        self.backbone, self.layers = backbone.eval(), tuple(layers)
         with torch.no_grad():
-            self.width = backbone(torch.zeros(1, 3, 32, 32))[0][0].shape[-1]
+            maps, cls = backbone(torch.zeros(1, 3, 32, 32))
+        self.shapes = [maps[i].shape[1:] for i in self.layers]                # (D, h, w) of each
+        self.width = cls[-1].shape[1]
 
     def train(self, mode=True):
         return super().train(False)
 
     def forward(self, image):
-        """(B, 3, H, W) -> one (B, N, D) per block: CLS is added to every patch token, then each token is
-        brought to zero mean and unit variance, so that heads on any block start from the same scale."""
-        tokens, cls = self.backbone(image)
-        return [F.layer_norm((tokens[i] + cls[i][:, None]).float(), (self.width,)) for i in self.blocks]
+        """(B, 3, H, W) -> one (B, D, h, w) per layer: CLS, where there is one, is added to every token, then
+        each token is brought to zero mean and unit variance, so that heads on any layer start from the same
+        scale."""
+        maps, cls = self.backbone(image)
+        seen = [maps[i] if cls[i] is None else maps[i] + cls[i][..., None, None] for i in self.layers]
+        return [F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]).movedim(-1, 1) for x in seen]
 
     @torch.no_grad()
     def summary(self, image):
         """(B, 3, H, W) -> the whole picture in one vector (B, D): CLS after the last block."""
         return F.layer_norm(self.backbone(image)[1][-1].float(), (self.width,))
 
+    def heads(self, width, out, spectral=False):
+        """One new head per layer; maps finer than the coarsest lose half their resolution in it."""
+        coarse = min(h for _, h, _ in self.shapes)
+        return nn.ModuleList(Head(d, width, out, 2 if h > coarse else 1, spectral) for d, h, _ in self.shapes)
+
 
 class Head(nn.Module):
-    """Tokens (B, N, D) -> (B, N, out): 1x1 convolution, a residual 1-D convolution along the tokens, 1x1 out.
-    Group norm, unlike batch norm, does not couple the samples of a batch; spectral norm, where asked for,
-    keeps the slope of the logits gentle."""
+    """A map (B, D, h, w) -> tokens (B, N, out): 1x1 convolution, a residual 3x3 one, 1x1 out. Group norm,
+    unlike batch norm, does not couple the samples of a batch; spectral norm, where asked for, keeps the slope
+    of the logits gentle."""
 
-    def __init__(self, width_in, width, out, spectral=False):
+    def __init__(self, width_in, width, out, stride=1, spectral=False):
         super().__init__()
         tame = spectral_norm if spectral else nn.Identity()
-        self.enter = tame(nn.Conv1d(width_in, width, 1))
-        self.mix = tame(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular"))
+        self.stride = stride
+        self.enter = tame(nn.Conv2d(width_in, width, 1))
+        self.mix = tame(nn.Conv2d(width, width, 3, stride, padding=1))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
-        self.leave = tame(nn.Conv1d(width, out, 1))
+        self.leave = tame(nn.Conv2d(width, out, 1))
 
-    def forward(self, tokens):
-        x = F.leaky_relu(self.norms[0](self.enter(tokens.transpose(1, 2))), .2)         # (B, W, N)
-        x = (x + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
-        return self.leave(x).transpose(1, 2).float()         # logits and similarities are not for bf16
+    def forward(self, x):
+        x = F.leaky_relu(self.norms[0](self.enter(x)), .2)
+        x = (F.avg_pool2d(x, self.stride) + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
+        # logits and similarities are not for bf16
+        return self.leave(x).flatten(2).transpose(1, 2).float()
 
 
 class Siamese(nn.Module):
-    """ADT's discriminator: one head per block, the same for both pictures. D(real, other) -> logits (B, L).
+    """ADT's discriminator: one head per layer, the same for both pictures. D(real, other) -> logits (B, L).
 
     The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
@@ -77,7 +88,7 @@ class Siamese(nn.Module):
       relative     head(h(y)) - head(h(x))                     is y less real than x? what they share cancels;
                                                                spectral norm, or its logits run away
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
-    verdicts, `mean` averages the tokens first and compares two vectors per block.
+    verdicts, `mean` averages the tokens first and compares two vectors per layer.
     """
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
@@ -88,19 +99,16 @@ class Siamese(nn.Module):
         if pool not in ("tokens", "score", "mean"):
             raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
         self.features, self.variant, self.pool = features, variant, pool
-        def heads():
-            return nn.ModuleList(Head(features.width, width, width, spectral=variant == "relative")
-                                 for _ in features.blocks)
-        self.heads = heads()
+        self.heads = features.heads(width, width, spectral=variant == "relative")
         if variant == "similarity":
             self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))
         if variant == "twin":
-            self.real_heads = heads()
+            self.real_heads = features.heads(width, width)
         if variant in ("difference", "relative"):
-            self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.blocks)
+            self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.layers)
 
     def compare_tokens(self, i, x, y):
-        """Block i: (B, N, W) of either picture -> one score per token (B, N)."""
+        """Layer i: (B, N, W) of either picture -> one score per token (B, N)."""
         if self.variant == "similarity":
             return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias    # ADT similarity
         if self.variant == "twin":
@@ -111,11 +119,11 @@ class Siamese(nn.Module):
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text is not looked at -> (B, blocks * tokens), pooled (B, blocks)."""
+        """real, other (B, 3, H, W); text is not looked at -> (B, tokens of all layers), pooled (B, layers)."""
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
         logits = []
-        for i, (x, y) in enumerate(zip(real, self.features(other))):          # (B, N, D) each
+        for i, (x, y) in enumerate(zip(real, self.features(other))):          # (B, D, h, w) each
             x, y = (self.real_heads if self.variant == "twin" else self.heads)[i](x), self.heads[i](y)
             if self.pool == "mean":
                 x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
@@ -125,27 +133,29 @@ class Siamese(nn.Module):
 
 
 class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per block and token <h(y), W c> / sqrt(width), where c (B, C) is what it
+    """ADD's discriminator, unpaired: per layer and token <h(y), W c> / sqrt(width), where c (B, C) is what it
     may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
     pictures and looks at the second alone."""
 
     def __init__(self, features, known=0, width=64):
         super().__init__()
         self.features = features
-        self.heads = nn.ModuleList(Head(features.width, width, width if known else 1, spectral=True)
-                                   for _ in features.blocks)
-        self.project = nn.ModuleList(nn.Linear(known, width) for _ in features.blocks) if known else None
+        self.heads = features.heads(width, width if known else 1, spectral=True)
+        self.project = nn.ModuleList(nn.Linear(known, width) for _ in features.layers) if known else []
+        for project in self.project:
+            nn.init.normal_(project.bias)                    # at first the judgement hardly depends on c
 
-    def score(self, tokens, known=None):
-        """One (B, N, D) per block -> logits (B, blocks * tokens)."""
-        seen = [head(x) for head, x in zip(self.heads, tokens)]
+    def score(self, maps, known=None):
+        """One (B, D, h, w) per layer -> logits (B, tokens of all layers)."""
+        seen = [head(x) for head, x in zip(self.heads, maps)]
         if self.project:
-            seen = [torch.einsum("bnw,bw->bn", x, w(known.float()))[..., None] / x.shape[-1] ** .5
+            known = F.normalize(known.float())               # many entries of size 1 would be many steps in one
+            seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
                     for x, w in zip(seen, self.project)]
         return torch.cat(seen, 1).squeeze(-1)
 
     def forward(self, _, picture, known=None):
-        """picture (B, 3, H, W), known (B, C) -> (B, blocks * tokens)."""
+        """picture (B, 3, H, W), known (B, C) -> (B, tokens of all layers)."""
         return self.score(self.features(picture), known)
 
 

@@ -49,9 +49,9 @@ def hinge_generator(logits):
 
 
 def r1(logits, inputs):
-    """R1 on what the heads see: sum over blocks of the batch mean of || d (sum of logits) / d F_k ||^2.
+    """R1 on what the heads see: sum over layers of the batch mean of || d (sum of logits) / d F_k ||^2.
 
-    logits (B, L) of real pictures, inputs: the heads' token maps (B, N, D), made with requires_grad. On the
+    logits (B, L) of real pictures, inputs: the heads' maps (B, D, h, w), made with requires_grad. On the
     logits, never on the hinge, whose slope is zero wherever a real logit exceeds 1. Summed over logits, not
     averaged: the mean would make the penalty L^2 times weaker, and 1e-5 of it nothing at all. The gradient
     stops at the heads' inputs, so there is no second backward pass through the backbone."""

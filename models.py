@@ -289,15 +289,22 @@ class TinyDenoiser(Denoiser):
 
 # ------------------------------------------------------------------ the discriminators' eyes, and the judge's
 
-class TinyViT(nn.Module):
-    """Stands where DINOv2 stands for real models: 4x4 patches, six blocks, CLS. Trained by pretrain.py to
-    name attributes (CLS) and to repaint hidden patches (tokens), so that tokens know texture as well as
-    meaning."""
+def convolutions(width_in, width):
+    """Two 3x3 convolutions, normalised; the second without its activation."""
+    return nn.Sequential(nn.Conv2d(width_in, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU(),
+                         nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width))
 
-    def __init__(self, attributes, width=128, depth=6, patch=4, size=32):
+
+class TinyViT(nn.Module):
+    """Stands where DINOv2 stands for real models: a convolutional stem (32x32 and 16x16 pixels), then four
+    transformer blocks over 8x8 tokens and CLS. Trained by pretrain.py to name attributes (CLS) and to repaint
+    hidden 4x4 patches (tokens), so that it knows texture as well as meaning."""
+
+    def __init__(self, attributes, width=128, depth=4, patch=4, size=32):
         super().__init__()
         self.patch = patch
-        self.embed = nn.Linear(3 * patch * patch, width)
+        self.stem = nn.ModuleList([convolutions(3, 32), convolutions(32, 64)])
+        self.embed = nn.Conv2d(64, width, 1)
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.hidden = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.randn((size // patch) ** 2, width) * .02)
@@ -311,16 +318,26 @@ class TinyViT(nn.Module):
         return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
 
     def forward(self, image, hide=None):
-        """image (B, 3, 32, 32), hide (B, 64) bool -> token maps of the embedding and of every block, each
-        (B, 64, D) before the final norm, and the matching CLS tokens (B, D)."""
-        x = self.embed(self.patches(image))
+        """image (B, 3, 32, 32), hide (B, 64) bool -> maps (B, 32, 32, 32) and (B, 64, 16, 16) of the stem,
+        then (B, 128, 8, 8) of the embedding and of every block before the final norm; and the CLS token
+        (B, 128) that goes with each map, None for the stem's."""
+        if hide is not None:
+            shown = rearrange(~hide, "b (h w) -> b 1 h w", h=image.shape[-2] // self.patch)
+            image = image * shown.to(image.dtype).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+        x, maps = image, []
+        for stage in self.stem:
+            maps.append(stage(x))
+            x = F.max_pool2d(F.gelu(maps[-1]), 2)
+        side = x.shape[-1]
+        x = rearrange(self.embed(x), "b c h w -> b (h w) c")
         if hide is not None:
             x = torch.where(hide[..., None], self.hidden.to(x.dtype), x)
         x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x + self.position.to(x.dtype)], 1)
         states = [x]                                                          # (B, 1 + 64, D)
         for block in self.blocks:
             states.append(x := block(x))
-        return [s[:, 1:] for s in states], [s[:, 0] for s in states]
+        maps += [rearrange(s[:, 1:], "b (h w) c -> b c h w", h=side) for s in states]
+        return maps, [None] * len(self.stem) + [s[:, 0] for s in states]
 
 
 class Judge(nn.Module):

@@ -75,8 +75,8 @@ def features_loss(network, batch):
     repaint what is hidden."""
     image = shift(batch.image)
     hide = torch.rand(len(image), 64) < torch.rand(len(image), 1) * .75
-    tokens, cls = network(image, hide)
-    painted = network.repaint(network.norm(tokens[-1]))
+    maps, cls = network(image, hide)
+    painted = network.repaint(network.norm(maps[-1].flatten(2).transpose(1, 2)))
     logits = [head(network.norm(cls[-1])) for head in network.heads]
     repaint = (painted.float() - network.patches(image))[hide].square().mean()
     return attribute_loss(logits, batch.truth) + 2 * repaint

@@ -89,10 +89,11 @@ class Run:
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
         self.source, self.steps, self.done = source, steps, 0
+        self.warmup = min(config.warmup_d, steps // 4)
         self.average = deepcopy(model.network).requires_grad_(False)
         self.weights = list(model.network.parameters())
         self.critic_weights = list(critic.parameters())
-        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(.9, .999), weight_decay=0.)
+        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(config.beta1, .999), weight_decay=0.)
         self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
                                        weight_decay=0.)
 
@@ -105,24 +106,15 @@ class Run:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
 
         # the generator learns, the discriminator watches
+        learns = self.done >= self.warmup                    # who knows nothing teaches nothing
         self.critic.requires_grad_(False).eval()             # eval: not even its spectral norms move
-        with models.half_precision():
+        with models.half_precision(), torch.set_grad_enabled(learns):
             terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
                                                             config)
-        self.opt_g.zero_grad()
-        if self.done < config.warmup_d:
-            terms.pop("adv", None)                           # who knows nothing teaches nothing
-        before, last = None, list(terms)[-1:]
-        for name, term in terms.items():
-            term.backward(retain_graph=[name] != last)       # terms may share a graph; each is measured
-            seen |= {name: term.item(), f"|grad {name}|": gradient_norm(self.weights, before)}
-            before = [p.grad.clone() for p in self.weights if p.grad is not None]
+        seen |= {name: term.item() for name, term in terms.items()}
         self.finite(seen)
-        torch.nn.utils.clip_grad_norm_(self.weights, config.clip or float("inf"))
-        self.opt_g.step()
-        decay = min(config.ema, (self.done + 1) / (self.done + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), self.weights, 1 - decay)
+        if learns:
+            seen |= self.improve(terms)
 
         # the discriminator learns, the generator's picture is only data
         if fake is not None:
@@ -138,6 +130,23 @@ class Run:
             seen |= {**judged, "D right on real": (real > 0).float().mean().item(),
                      "D right on fake": (made < 0).float().mean().item()}
         self.done += 1
+        return seen
+
+    def improve(self, terms):
+        """One step of the generator and of its average -> the gradient norm of each loss term."""
+        self.opt_g.zero_grad()
+        before, last, seen = None, list(terms)[-1], {}
+        for name, term in terms.items():
+            term.backward(retain_graph=name != last)         # terms may share a graph; each is measured
+            seen[f"|grad {name}|"] = gradient_norm(self.weights, before)
+            before = [p.grad.clone() for p in self.weights if p.grad is not None]
+        self.finite(seen)
+        torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip or float("inf"))
+        self.opt_g.step()
+        made = self.done - self.warmup
+        decay = min(self.config.ema, (made + 1) / (made + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), self.weights, 1 - decay)
         return seen
 
     def finite(self, figures):

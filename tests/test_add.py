@@ -212,7 +212,7 @@ def test_what_the_discriminator_may_know_changes_its_verdict(world, condition):
     swapped = data.Batch(batch.image.flip(0), batch.caption[::-1], batch.truth.flip(0), batch.named.flip(0))
     other = add.knowledge(critic, swapped, model.condition(batch.caption[::-1]), none, config)
     logits = critic(None, batch.image, known)
-    assert logits.shape == (4, 4 * 64)
+    assert logits.shape == (4, 256 + 4 * 64)
     assert torch.equal(logits, critic(None, batch.image, other)) == (condition == "none")
 
 
@@ -228,9 +228,9 @@ def test_at_the_last_time_the_real_picture_is_unknown_to_both_branches(world, co
     shown = []
     class Recorder(torch.nn.Module):
         features = critic.features
-        def score(self, tokens, c):
+        def score(self, maps, c):
             shown.append(c)
-            return tokens[0].mean((1, 2))[:, None]
+            return maps[0].mean((1, 2, 3))[:, None]
         def forward(self, _, picture, c):
             return self.score(self.features(picture), c)
     add.discriminator_loss(Recorder(), batch, batch.image, known, config)

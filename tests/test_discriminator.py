@@ -70,10 +70,10 @@ def test_similarity_is_scale_times_cosine_plus_bias(features, monkeypatch):
     """Heads replaced by known vectors at a known angle; their lengths must not matter."""
     critic = build_critic("similarity", features, 16)
     critic.scale.data, critic.bias.data = torch.tensor(3.), torch.tensor(.5)
-    vectors = iter([torch.tensor([5., 0.]), torch.tensor([2., 2.])] * 4)
+    vectors = iter([torch.tensor([5., 0.]), torch.tensor([2., 2.])] * 5)
     monkeypatch.setattr(discriminator.Head, "forward", lambda head, tokens: next(vectors).expand(1, 64, 2))
     logits = critic(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-    torch.testing.assert_close(logits, torch.full((1, 4 * 64), 3 * .5 ** .5 + .5))
+    torch.testing.assert_close(logits, torch.full((1, 5 * 64), 3 * .5 ** .5 + .5))
 
 
 @pytest.mark.parametrize("how", ["uniform", "lognormal"])
@@ -101,13 +101,38 @@ def test_backbone_cannot_be_unfrozen(features):
     assert fingerprint(features) == before and not list(features.parameters())
 
 
-def test_features_are_normalised_differentiable_tokens(features):
+def test_features_are_normalised_differentiable_maps(features):
     image = torch.randn(2, 3, 32, 32, requires_grad=True)
-    tokens = features(image)
-    assert [tuple(t.shape) for t in tokens] == [(2, 64, 128)] * 4
-    assert tokens[2].mean(-1).abs().max() < 1e-4 and (tokens[2].std(-1) - 1).abs().max() < .05
-    assert torch.autograd.grad(tokens[-1].square().mean() + tokens[0][..., 0].mean(),
-                               image)[0].abs().sum() > 0
+    maps = features(image)
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 32, 32), (2, 64, 16, 16)] + [(2, 128, 8, 8)] * 3
+    assert [tuple(shape) for shape in features.shapes] == [tuple(m.shape[1:]) for m in maps]
+    for seen in maps:
+        assert seen.mean(1).abs().max() < 1e-4 and (seen.std(1, correction=0) - 1).abs().max() < .05
+        assert torch.autograd.grad(seen[:, 0].mean(), image, retain_graph=True)[0].abs().sum() > 0
+
+
+def test_cls_is_added_to_every_token_of_its_layer(features, monkeypatch):
+    """Maps of zeros: what is left of each token is its layer's CLS, brought to unit variance."""
+    image, cls = torch.zeros(2, 3, 32, 32), torch.randn(2, 128)
+    maps, tokens = features.backbone(image)
+    monkeypatch.setattr(features.backbone, "forward", lambda image: (
+        [torch.zeros_like(m) for m in maps], [None if c is None else cls for c in tokens]))
+    seen = features(image)
+    expected = torch.nn.functional.layer_norm(cls, (128,))
+    assert not seen[0].any() and not seen[1].any()           # the stem has no CLS
+    for tokens in seen[2:]:
+        torch.testing.assert_close(tokens, expected[..., None, None].expand(2, 128, 8, 8))
+
+
+def test_hidden_patches_do_not_reach_the_tokens_of_others(features):
+    """What pretraining hides is gone before the stem can blur it into its neighbours."""
+    image, hide = torch.rand(1, 3, 32, 32), torch.zeros(1, 64, dtype=torch.bool)
+    hide[0, 27] = True                                       # row 3, column 3: pixels 12..15
+    other = image.clone()
+    other[:, :, 12:16, 12:16] = 7.
+    assert torch.equal(features.backbone(image, hide)[0][-1], features.backbone(other, hide)[0][-1])
+    other[:, :, 0, 0] = 7.
+    assert not torch.equal(features.backbone(image, hide)[0][-1], features.backbone(other, hide)[0][-1])
 
 
 # ---------------------------------------------------------------------------------------------- variants
@@ -140,7 +165,7 @@ def test_siamese_is_symmetric(features, variant, pool):
 def test_identical_pictures_are_as_similar_as_can_be(features):
     critic = build_critic("similarity", features, 16).eval()
     x, y = torch.randn(2, 3, 3, 32, 32)
-    torch.testing.assert_close(critic(x, x), torch.full((3, 4 * 64), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
+    torch.testing.assert_close(critic(x, x), torch.full((3, 256 + 4 * 64), 2.), rtol=0, atol=1e-4)    # 4 * 1 - 2
     assert (critic(x, y).mean(1) < 2 - 1e-3).all()
 
 
@@ -157,7 +182,8 @@ def test_score_is_the_mean_of_the_tokens_verdicts(features):
     each, score = (build_critic("twin", features, 16, pool).eval() for pool in ("tokens", "score"))
     score.load_state_dict(each.state_dict())
     x, y = torch.randn(2, 3, 3, 32, 32)
-    torch.testing.assert_close(each(x, y).view(3, 4, 64).mean(2), score(x, y), rtol=1e-4, atol=1e-5)
+    verdicts = torch.stack([v.mean(1) for v in each(x, y).split([256, 64, 64, 64, 64], 1)], 1)
+    torch.testing.assert_close(verdicts, score(x, y), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
