@@ -25,6 +25,7 @@ class Config:
     """Each field carries its provenance: paper, secondary (public code and readings of it), ours."""
     # the student
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
+    last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
     # the teacher
     weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                          "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
@@ -62,7 +63,7 @@ class Config:
         """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
         path; the student leaps, and between leaps its picture is noised afresh."""
         return ([("before", steps, {}) for steps in (1, 4, 25)]
-                + [("after", steps, {"fresh": 1.}) for steps in (1, 2, 4)])
+                + [("after", steps, {"fresh": 1., "last": self.last}) for steps in (1, 2, 4)])
 
     def critic(self, features, text_width):
         known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
@@ -84,10 +85,10 @@ def knowledge(critic, batch, cond, terminal, config):
 def leap(model, x0, cond, config):
     """x_s from the real x_0 at a random student time; one call of the network -> x0_hat (B, C, h, w), with
     gradient, and which samples started from pure noise (B,)."""
-    times = sampler.timeline(model.T, config.student_steps).to(x0.device)
+    times = sampler.timeline(model.T, config.student_steps, last=config.last).to(x0.device)
     s = times[torch.randint(len(times), (len(x0),))]                          # tau_1 … tau_n = T, uniform
-    terminal, eps = s == model.T - 1, torch.randn_like(x0)
-    # zero terminal SNR, whatever the schedule says alpha_T is: nothing of x_0 reaches the network
+    terminal, eps = s == times[0], torch.randn_like(x0)
+    # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
     return model.split(x_s, model.predict(x_s, s, cond).to(x_s.dtype), s)[0], terminal
 

@@ -66,8 +66,8 @@ class Config:
         return [(who, self.path_steps, {"guidance": self.guidance}) for who in ("before", "after")]
 
     def critic(self, features, text_width):
-        if self.variant == "projected":
-            return discriminator.Projected(features, text_width)
+        if self.variant in ("projected", "relative"):
+            return discriminator.Projected(features, text_width, self.variant == "relative")
         return discriminator.Siamese(features, self.variant, self.pool)
 
 

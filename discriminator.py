@@ -85,26 +85,24 @@ class Siamese(nn.Module):
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
       twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
       difference   head(|h(x) - h(y)|)                         the classic siamese network
-      relative     head(h(y)) - head(h(x))                     is y less real than x? what they share cancels;
-                                                               spectral norm, or its logits run away
+      relative     D(y | c) - D(x | c)                         see Projected: two verdicts, compared
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
     verdicts, `mean` averages the tokens first and compares two vectors per layer.
     """
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()
-        if variant not in ("similarity", "twin", "difference", "relative"):
-            raise ValueError(f"unknown siamese variant '{variant}': "
-                             "wanted similarity, twin, difference or relative")
+        if variant not in ("similarity", "twin", "difference"):
+            raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
         if pool not in ("tokens", "score", "mean"):
             raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
         self.features, self.variant, self.pool = features, variant, pool
-        self.heads = features.heads(width, width, spectral=variant == "relative")
+        self.heads = features.heads(width, width)
         if variant == "similarity":
             self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))
         if variant == "twin":
             self.real_heads = features.heads(width, width)
-        if variant in ("difference", "relative"):
+        if variant == "difference":
             self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.layers)
 
     def compare_tokens(self, i, x, y):
@@ -113,9 +111,6 @@ class Siamese(nn.Module):
             return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias    # ADT similarity
         if self.variant == "twin":
             return (x * y).sum(-1) / x.shape[-1] ** .5
-        if self.variant == "relative":
-            x, y = (self.compare[i](F.leaky_relu(z, .2)).squeeze(-1).float() for z in (x, y))
-            return y - x
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
@@ -133,13 +128,14 @@ class Siamese(nn.Module):
 
 
 class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per layer and token <h(y), W c> / sqrt(width), where c (B, C) is what it
-    may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
-    pictures and looks at the second alone."""
+    """ADD's discriminator, unpaired: per layer and token <h(y), b + W c> / sqrt(width), where c (B, C) is what
+    it may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
+    pictures and looks at the second alone; `relative`, it is siamese too: the verdict on the second less the
+    verdict on the first, of the same caption. Is it less real than the real one? What they share cancels."""
 
-    def __init__(self, features, known=0, width=64):
+    def __init__(self, features, known=0, relative=False, width=64):
         super().__init__()
-        self.features = features
+        self.features, self.relative = features, relative
         self.heads = features.heads(width, width if known else 1, spectral=True)
         self.project = nn.ModuleList(nn.Linear(known, width) for _ in features.layers) if known else []
         for project in self.project:
@@ -154,9 +150,15 @@ class Projected(nn.Module):
                     for x, w in zip(seen, self.project)]
         return torch.cat(seen, 1).squeeze(-1)
 
-    def forward(self, _, picture, known=None):
-        """picture (B, 3, H, W), known (B, C) -> (B, tokens of all layers)."""
-        return self.score(self.features(picture), known)
+    def forward(self, real, other, known=None):
+        """real, other (B, 3, H, W), known (B, C) -> (B, tokens of all layers). Unless relative, real is None
+        or not looked at."""
+        logits = self.score(self.features(other), known)
+        if not self.relative:
+            return logits
+        with torch.no_grad():
+            real = self.features(real)                       # the reference is data: no graph here
+        return logits - self.score(real, known)
 
 
 # ------------------------------------------------------------------------------- differentiable augmentation

@@ -23,13 +23,14 @@ import sampler
 # ------------------------------------------------------------------------------------------------ samples
 
 @torch.no_grad()
-def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, fresh=0.0, chunk=100, visit=None):
+def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, chunk=100,
+           visit=None):
     """Draw one picture per caption from fixed noise -> (B, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     channels, h, w = model.encode(torch.zeros(1, 3, data.SIZE, data.SIZE)).shape[1:]
     # all at once: chunking changes nothing
     noise = torch.randn(len(captions), channels, h, w, generator=generator)
-    times, pictures = sampler.timeline(model.T, steps, shift), []
+    times, pictures = sampler.timeline(model.T, steps, shift, last), []
     uncond = model.condition([""])
     for i in range(0, len(captions), chunk):
         cond = model.condition(captions[i:i + chunk])
@@ -159,7 +160,7 @@ def picture(rows, path, captions=None, note=""):
 def curves(log, path):
     """log.jsonl's rows -> one small plot per quantity."""
     from matplotlib.figure import Figure
-    keys = [k for k in log[-1] if k not in ("step", "seconds")]
+    keys = [k for k in dict.fromkeys(k for row in log for k in row) if k not in ("step", "seconds")]
     figure = Figure(figsize=(12, 2.3 * -(-len(keys) // 4)))
     axes = figure.subplots(-(-len(keys) // 4), 4, squeeze=False)
     for axis in axes.flat[len(keys):]:

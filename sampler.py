@@ -13,16 +13,20 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 
-def timeline(T, steps, shift=1.0):
+def timeline(T, steps, shift=1.0, last=1.0):
     """`steps` indices from T-1 downwards, evenly spaced and ending one stride above clean
     ('trailing' spacing). shift > 1 spends more of them at the noisy end: u -> shift u / (1 + (shift - 1) u);
-    SD3's own tables are shifted already, leave it at 1 there."""
+    SD3's own tables are shifted already, leave it at 1 there. last: where the first of them lies, as a share
+    of T, for students that are told an earlier time than T at pure noise (add.py)."""
     if not 1 <= steps <= T:
         raise ValueError(f"a path has 1 to {T} steps, not {steps}")
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift is a positive number, not {shift}")
     u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps               # 1 … 1/steps
     u = shift * u / (1 + (shift - 1) * u)
+    u[0] = last
+    if not 0 < last <= 1 or steps > 1 and u[1] >= last:
+        raise ValueError(f"last is a share of T above the path's next stop, not {last}")
     return (u * T).round().long().clamp(min=1) - 1                            # (steps,)
 
 

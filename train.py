@@ -29,6 +29,7 @@ import sampler
 
 METHODS = {"adt": (adt, {}), "add": (add, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
 STEPS, SAMPLES = 300, 2000                                   # default length of a run, and of its examination
+MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -133,15 +134,19 @@ class Run:
         return seen
 
     def improve(self, terms):
-        """One step of the generator and of its average -> the gradient norm of each loss term."""
+        """One step of the generator and of its average -> its gradient's norm, and now and then each term's:
+        terms may share a graph, and taking them one by one walks it more than once."""
         self.opt_g.zero_grad()
         before, last, seen = None, list(terms)[-1], {}
-        for name, term in terms.items():
-            term.backward(retain_graph=name != last)         # terms may share a graph; each is measured
-            seen[f"|grad {name}|"] = gradient_norm(self.weights, before)
-            before = [p.grad.clone() for p in self.weights if p.grad is not None]
+        if (self.done - self.warmup) % MEASURE == 0:
+            for name, term in terms.items():
+                term.backward(retain_graph=name != last)
+                seen[f"|grad {name}|"] = gradient_norm(self.weights, before)
+                before = [p.grad.clone() for p in self.weights if p.grad is not None]
+        else:
+            sum(terms.values()).backward()
+        seen["|grad|"] = float(torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip or float("inf")))
         self.finite(seen)
-        torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip or float("inf"))
         self.opt_g.step()
         made = self.done - self.warmup
         decay = min(self.config.ema, (made + 1) / (made + 10))

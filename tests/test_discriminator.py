@@ -172,9 +172,9 @@ def test_identical_pictures_are_as_similar_as_can_be(features):
 def test_relative_is_antisymmetric(features):
     torch.manual_seed(0)
     critic = build_critic("relative", features, 16).eval()
-    x, y = torch.randn(2, 3, 3, 32, 32)
-    torch.testing.assert_close(critic(x, y), -critic(y, x), rtol=1e-4, atol=1e-5)
-    assert critic(x, x).abs().max() < 1e-5 < critic(x, y).abs().max()
+    x, y, text = *torch.randn(2, 3, 3, 32, 32), torch.randn(3, 16)
+    torch.testing.assert_close(critic(x, y, text), -critic(y, x, text), rtol=1e-4, atol=1e-5)
+    assert critic(x, x, text).abs().max() < 1e-5 < critic(x, y, text).abs().max()
 
 
 def test_score_is_the_mean_of_the_tokens_verdicts(features):
@@ -203,7 +203,7 @@ def test_every_head_weight_learns(features, variant):
     logits = critic(torch.randn(3, 3, 32, 32), torch.randn(3, 3, 32, 32), torch.randn(3, 16))
     (logits * torch.randn(logits.shape)).sum().backward()
     silent = [n for n, p in critic.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    cancels = {"difference": "leave.bias", "relative": "compare"}.get(variant, "none")
+    cancels = "leave.bias" if variant in ("difference", "relative") else "none"
     assert not [n for n in silent if not (n.endswith("bias") and cancels in n)]      # in h(x) - h(y)
 
 

@@ -95,9 +95,38 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
     assert all(torch.equal(v, text[n]) for n, v in run.model.text.state_dict().items())
 
 
-def test_a_discriminator_in_warm_up_does_not_teach():
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "2"])[1])
-    assert "adv" not in run.step() and "adv" in run.step()
+def test_a_discriminator_in_warm_up_learns_and_does_not_teach():
+    _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "4"])[1])
+    weights = [[p.detach().clone() for p in group] for group in (run.weights, run.critic_weights)]
+    def moved():
+        return [any(not torch.equal(a, b) for a, b in zip(group, now))
+                for group, now in zip(weights, (run.weights, run.critic_weights))]
+    assert "|grad|" not in run.step() and moved() == [False, True]
+    assert "|grad|" in run.step() and moved() == [True, True]
+
+
+def test_warm_up_takes_a_quarter_of_the_run_at_most():
+    for steps, warmup in ((4, 1), (100, 25), (400, 60)):
+        _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=60", "--steps", str(steps)])[1])
+        assert run.warmup == warmup
+
+
+def test_measuring_each_terms_gradient_changes_nothing():
+    """Taken one by one or as a sum, the terms leave the same gradient, and the parts are told apart."""
+    found = []
+    for measure in (1, 10 ** 9):
+        _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "2"])[1])
+        keep, train.MEASURE = train.MEASURE, measure
+        try:
+            run.done = 1
+            seen = run.step()
+        finally:
+            train.MEASURE = keep
+        found.append((seen, [p.detach() for p in run.weights]))
+    (measured, one), (plain, two) = found
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, two))
+    assert {"|grad diff|", "|grad adv|"} <= measured.keys() and "|grad adv|" not in plain
+    assert measured["|grad diff|"] > 0 and measured["|grad adv|"] > 0
 
 
 @pytest.mark.parametrize("arguments,sentence", [
