@@ -25,20 +25,20 @@ class Config:
     """Each field carries its provenance: paper (abstract), secondary (summaries, related work), ours."""
     # the path
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
-    train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 3
+    train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 2
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
-    start: Annotated[Literal["image", "text"], "paper: a noised real picture, or pure noise"] = "image"
+    start: Annotated[Literal["image", "text"], "paper: image, a noised real one; ours: text, pure noise"] = "text"
     starts: Annotated[int, "ours: an image start is one of the path's so many noisiest; 0 = any (paper)"] = 0
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
     checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
     # the losses
     variant: Annotated[Literal["similarity", "twin", "difference", "relative", "projected"],
-                       "ours: which discriminator"] = "similarity"
+                       "ours: which discriminator"] = "relative"
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.1
+    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
@@ -46,12 +46,12 @@ class Config:
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
     beta1: Annotated[float, "ours: momentum of the generator"] = 0.9
-    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 3e-3
+    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 1e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 10
+    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
 
     def __post_init__(self):
         if min(self.batch, self.path_steps, self.train_steps) < 1:

@@ -4,7 +4,8 @@ Never one number alone: the Fréchet distance (distribution) stands beside promp
 precision (fidelity) and recall (diversity), and beside what real pictures score under the same judge and
 sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
-    python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50          Read next: notebooks/
+    python evaluate.py                                       what weights/ ships: the base, ADT's, ADD's student
+    python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50                      Read next: notebooks/
 """
 
 import argparse
@@ -18,6 +19,10 @@ import torch.nn.functional as F
 import data
 import models
 import sampler
+
+
+SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # names of models: files in weights/DATA/
+BASE_ROWS = [(1, {}), (4, {}), (10, {})]                     # steps and sampler settings of one that says none
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -179,15 +184,17 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its judge, how
-    it was trained to be sampled). Runs that differ by seed alone share their group."""
-    if name == "base":
-        if not dataset:
-            raise ValueError("'base' alone does not say which: add --data glyphs or --data fashion")
-        return "base", models.build("tiny", Path(dataset).name), dataset, None, {}
+    """A shipped name, a run folder or a weights file -> (group, denoiser, data set, weights folder of its
+    judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share their group."""
+    if name in SHIPPED:
+        dataset = dataset or "glyphs"
+        path = models.WEIGHTS / Path(dataset).name / f"{SHIPPED[name]}.safetensors"
+        model = models.build("tiny", Path(dataset).name, path)
+        return name, model, dataset, None, models.load(path)[1].get("rows", BASE_ROWS)
     path, weights = Path(name), None
     if not path.exists():
-        raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
+        raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
+                                "found nothing there")
     facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
     group, plan = str(path), path / "config.json"
     if plan.is_file():
@@ -198,7 +205,8 @@ def locate(name, dataset):
     dataset = dataset or facts.get("data")
     if not dataset:
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
-    return group, models.build("tiny", Path(dataset).name, name), dataset, weights, facts.get("sampler", {})
+    return (group, models.build("tiny", Path(dataset).name, name), dataset, weights,
+            facts.get("rows", BASE_ROWS))
 
 
 def read_plan(path):
@@ -230,9 +238,10 @@ def gather(rows):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
                                      allow_abbrev=False)
-    parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
+    parser.add_argument("models", nargs="*", default=list(SHIPPED),
+                        help=f"{', '.join(SHIPPED)} (shipped; the default), run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
-    parser.add_argument("--steps", default="10", help="sampler steps, e.g. 1,2,4,10,50")
+    parser.add_argument("--steps", help="sampler steps, e.g. 1,2,4,10,50 (default: those of each model)")
     parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
     parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
     parser.add_argument("--fresh", type=float, help="share of new noise in each step, 0 to 1 (default: as "
@@ -249,10 +258,9 @@ def main(argv=None):
     parser, a = parse(argv)
     chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
     try:
-        if not all(part.isdecimal() for part in a.steps.split(",")):
+        if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
             raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
-        a.steps = [int(part) for part in a.steps.split(",")]
-        known = [locate(name, a.data)[2] for name in a.models if name != "base"] + [a.data]
+        known = [locate(name, a.data)[2] for name in a.models if name not in SHIPPED] + [a.data]
         found = [locate(name, known[0]) for name in dict.fromkeys(a.models)]
         if len({dataset for _, _, dataset, *_ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
@@ -265,17 +273,18 @@ def main(argv=None):
             captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
         for _, model, *_ in found:
             model.condition(captions)
-        for steps in a.steps:
-            sampler.timeline(found[0][1].T, steps, a.shift)
+        players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
+                   for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
+                                           else rows)]
+        for _, model, steps, settings in players:
+            sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
         if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
             raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
         if not Path(a.out).absolute().parent.is_dir():
             raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    rows, shown = examine([(group, model, steps, {**habits, **chosen})
-                           for group, model, _, _, habits in found for steps in a.steps],
-                          captions, examiner, a.seed)
+    rows, shown = examine(players, captions, examiner, a.seed)
     if examiner:
         print(table(gather(rows)))
     picture(list(dict(shown).items()), a.out, captions if examiner else None, note=" ".join(sys.argv))

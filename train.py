@@ -27,8 +27,9 @@ import evaluate
 import models
 import sampler
 
-METHODS = {"adt": (adt, {}), "add": (add, {}), "diffusion": (adt, {"lambda_adv": 0.0})}
-STEPS, SAMPLES = 300, 2000                                   # default length of a run, and of its examination
+# name: the module, the settings that make the method, the default length of a run
+METHODS = {"adt": (adt, {}, 500), "add": (add, {}, 600), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
+SAMPLES = 2000                                               # pictures that a run is examined on
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
 
@@ -54,7 +55,7 @@ def read(kind, text):
 
 def settle(method, changes):
     """Config of the method with `key=value` changes; an unknown key or a wrong value is a sentence."""
-    module, preset = METHODS[method]
+    module, preset, _ = METHODS[method]
     kinds = typing.get_type_hints(module.Config)
     for change in changes:
         key, found, value = change.partition("=")
@@ -233,7 +234,8 @@ def parse(argv=None):
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
     parser.add_argument("--weights", help="start from this file or folder (default: the shipped base)")
     parser.add_argument("--steps", type=int,
-                        help=f"length of the whole run, also on resume (default {STEPS})")
+                        help="length of the whole run, also on resume (default: "
+                        + ", ".join(f"{name} {steps}" for name, (*_, steps) in METHODS.items()) + ")")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
@@ -256,7 +258,7 @@ def plan_of(arguments):
         plan = evaluate.read_plan(out / "config.json")
     else:
         plan = {key: getattr(arguments, key) for key in ("method", "model", "data", "weights", "seed", "set")}
-        plan["steps"] = STEPS
+        plan["steps"] = None
         words = [plan["method"], Path(plan["data"]).name, *plan["set"], f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -265,9 +267,10 @@ def plan_of(arguments):
             if not arguments.overwrite:
                 raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
                                  "--overwrite replaces it, --out names another folder")
-    plan["steps"] = plan["steps"] if arguments.steps is None else arguments.steps
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
+    if arguments.steps is not None or plan["steps"] is None:
+        plan["steps"] = METHODS[plan["method"]][2] if arguments.steps is None else arguments.steps
     if plan["steps"] < 1:
         raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
     return plan, out
@@ -334,9 +337,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: {error}\n")
     captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
-    _, steps, settings = [row for row in run.config.rows() if row[0] == "after"][0]
-    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name,
-             "sampler": settings}
+    rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
+    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name, "rows": rows}
+    steps, settings = rows[0]
     try:
         loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))
     except KeyboardInterrupt:

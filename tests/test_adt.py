@@ -74,7 +74,7 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
     real = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
     cond = model.condition(["a"])
     for _ in range(400):
-        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5))
+        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="image"))
     counts = torch.bincount(torch.tensor([len(times) for _, times in seen]), minlength=6)[1:]
     assert counts.min() > 50 and counts.max() < 115         # 80 expected, five standard deviations either way
     for x, times in seen[:40]:
@@ -83,7 +83,7 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
         assert abs(x.std() - sigma) < .05
     seen.clear()
     for _ in range(60):
-        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, starts=2))
+        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="image", starts=2))
     assert {len(times) for _, times in seen} == {4, 5}      # the two noisiest of the path
     seen.clear()
     for _ in range(10):

@@ -70,7 +70,7 @@ def test_weights_fit_their_budget():
 
 SHRINK = {"adt.py": [('pictures per step"] = 32', 'pictures per step"] = 2'),
                      ('that training runs"] = 10', 'that training runs"] = 2')],
-          "train.py": [("STEPS, SAMPLES = 300, 2000", "STEPS, SAMPLES = 2, 200")],
+          "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 600)", ", 2)")],
           "evaluate.py": [("default=2000", "default=200")],
           "pretrain.py": [(r"Recipe\(\d+, \d+,", "Recipe(1, 2,")]}
 
