@@ -120,7 +120,8 @@ def generator_loss(model, teacher, critic, batch, config):
         x0 = model.encode(batch.image)
         cond = model.condition(batch.caption)
     x0_hat, terminal = leap(model, x0, cond, config)
-    fake, terms = model.decode(x0_hat), {}
+    picture, terms = model.decode(x0_hat), {}
+    fake = discriminator.visible(picture)
     known = knowledge(critic, batch, cond, terminal, config)
     if config.lambda_adv:
         seen = discriminator.augment(fake, discriminator.geometry(len(fake), fake.device), config.augment)
@@ -128,7 +129,7 @@ def generator_loss(model, teacher, critic, batch, config):
         terms["adv"] = config.lambda_adv * adv
     if config.lambda_distill:
         target, weight = advice(teacher, x0_hat.detach(), cond, config)
-        ours, theirs = (fake, teacher.decode(target)) if config.space == "pixel" else (x0_hat, target)
+        ours, theirs = (picture, teacher.decode(target)) if config.space == "pixel" else (x0_hat, target)
         gap = losses.distance(config.distance, ours, theirs.detach())
         terms["distill"] = config.lambda_distill * (weight * gap).mean()      # ADD eq. 4
     return terms, fake, known                                                 # ADD eq. 1: their sum

@@ -105,7 +105,7 @@ def generator_loss(model, teacher, critic, batch, config):
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:
         return {"diff": config.lambda_diff * diff}, None, cond["pooled"]
-    fake = model.decode(simulate(model, x0, cond, uncond, config))            # with gradient, not clamped
+    fake = discriminator.visible(model.decode(simulate(model, x0, cond, uncond, config)))    # with gradient
     adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))
     terms = {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}         # ADT L_G: their sum
     return terms, fake, cond["pooled"]

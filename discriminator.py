@@ -163,6 +163,12 @@ class Projected(nn.Module):
 
 # ------------------------------------------------------------------------------- differentiable augmentation
 
+def visible(image):
+    """What a viewer will see: clamped to [-1, 1], the gradient straight through, as if it were not. Real
+    pictures end at black and white; an adversary that may look beyond them teaches nothing else."""
+    return image + (image.clamp(-1, 1) - image).detach()
+
+
 def geometry(n, device=None):
     """One geometric draw per pair: shift (n, 2) and cut-out centre (n, 2), all uniform in [-1, 1]."""
     return torch.rand(n, 4, device=device) * 2 - 1

@@ -43,15 +43,19 @@ def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
     assert 4 < terminal.sum() < 30 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
 
 
-def test_the_student_is_told_the_time_its_input_was_noised_to(toy):
-    """The index into a list of times is not a time: alpha of the time it is told is the share of picture."""
+@pytest.mark.parametrize("last", [1., .9])
+def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
+    """The index into a list of times is not a time: alpha of the time it is told is the share of picture. Only
+    pure noise may be told an earlier time, by which its output is then read."""
     model = toy()
     picture = torch.full((64, 2, 64, 64), 3., dtype=torch.float64)
-    _, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config())
+    x0_hat, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last))
     x, time, _ = model.calls[0]
-    told = (time * model.T).round().long()
-    assert sorted(set(told.tolist())) == [249, 499, 749, 999] and ((told == 999) == terminal).all()
-    alpha, sigma = model.at(told)
+    told, end = (time * model.T).round().long(), round(last * 1000) - 1
+    assert sorted(set(told.tolist())) == [249, 499, 749, end] and ((told == end) == terminal).all()
+    torch.testing.assert_close(x0_hat, model.split(x, model.predict(x, told, model.condition(["a"] * 64)),
+                                                   told)[0])
+    alpha, sigma = model.at(torch.where(terminal, 999, told))
     torch.testing.assert_close(x.mean((1, 2, 3)) / 3, alpha.flatten(), rtol=0, atol=.03)
     torch.testing.assert_close(x.std((1, 2, 3)), sigma.flatten(), rtol=.05, atol=0)
 
@@ -61,7 +65,7 @@ def test_the_student_of_an_eps_model_keeps_the_schedules_alpha(toy):
     model = toy("eps")
     torch.manual_seed(0)
     x0_hat, terminal = add.leap(model, torch.zeros(32, 2, 4, 4, dtype=torch.float64),
-                                model.condition(["a"] * 32), add.Config())
+                                model.condition(["a"] * 32), add.Config(last=1.))
     alpha, sigma = model.at(torch.tensor([999]))
     x, time, _ = model.calls[0]
     expected = (x - sigma * model.output(x, time, model.condition(["a"] * 32))) / alpha

@@ -225,6 +225,14 @@ def test_augmentation_is_the_identity_at_strength_zero():
     torch.testing.assert_close(discriminator.augment(image, discriminator.geometry(4), 0.), image)
 
 
+def test_what_is_visible_is_clamped_and_its_gradient_is_not():
+    image = torch.tensor([-3., -.5, .5, 1.2], requires_grad=True)
+    shown = discriminator.visible(image)
+    assert shown.tolist() == [-1., -.5, .5, 1.]
+    shown.backward(torch.tensor([1., 2., 3., 4.]))
+    assert image.grad.tolist() == [1., 2., 3., 4.]
+
+
 def test_augmentation_is_differentiable_and_right():
     image = (torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1).requires_grad_()
     draw = discriminator.geometry(2).double()

@@ -202,3 +202,11 @@ def test_few_step_sees_what_an_add_student_is_trained_on(toy):
     alpha, sigma = model.at(torch.tensor([499]))
     torch.testing.assert_close(model.calls[1][0], alpha * visited[0] + sigma * fresh)
     torch.testing.assert_close(last, visited[1])
+
+
+def test_a_timeline_may_start_below_pure_noise():
+    assert sampler.timeline(1000, 4, last=.9).tolist() == [899, 749, 499, 249]
+    assert sampler.timeline(1000, 1, last=.85).tolist() == [849]
+    for last in (0, 1.1, .75, .5):                           # above T, or not above the next stop
+        with pytest.raises(ValueError, match="last is a share"):
+            sampler.timeline(1000, 4, last=last)
