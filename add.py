@@ -26,10 +26,11 @@ class Config:
     # the student
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
     last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
+    terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 1/n, like every time)"] = 0.5
     # the teacher
     weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                          "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
-    lambda_distill: Annotated[float, "ours: weight of the distillation (paper: 2.5); 0 = none"] = 0.5
+    lambda_distill: Annotated[float, "paper: weight of the distillation; 0 = none"] = 2.5
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     teacher_guidance: Annotated[float, "ours: the teacher's classifier-free guidance"] = 1.0
     teacher_steps: Annotated[int, "paper: sampler steps the teacher takes to its x0"] = 1
@@ -38,11 +39,11 @@ class Config:
     negative: Annotated[str, "ours: NFSD's negative prompt"] = ""
     # the discriminator
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
-    gamma: Annotated[float, "paper: R1 on the heads' inputs"] = 1e-5
+    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-3
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
-    lr: Annotated[float, "ours: AdamW, student"] = 2e-4
+    lr: Annotated[float, "ours: AdamW, student"] = 2e-5
     beta1: Annotated[float, "ours: momentum of the student"] = 0.9
     lr_d: Annotated[float, "ours: AdamW, heads"] = 2e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
@@ -54,8 +55,8 @@ class Config:
     def __post_init__(self):
         if min(self.batch, self.student_steps, self.teacher_steps) < 1:
             raise ValueError("batch, student_steps and teacher_steps are 1 or more")
-        if max(self.ema, self.beta1, self.beta1_d, self.augment) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1, beta1_d and augment are shares between 0 and 1")
+        if max(self.ema, self.beta1, self.beta1_d, self.augment, self.terminal) > 1 or self.ema == 1:
+            raise ValueError("ema, beta1, beta1_d, augment and terminal are shares between 0 and 1")
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
 
@@ -86,7 +87,9 @@ def leap(model, x0, cond, config):
     """x_s from the real x_0 at a random student time; one call of the network -> x0_hat (B, C, h, w), with
     gradient, and which samples started from pure noise (B,)."""
     times = sampler.timeline(model.T, config.student_steps, last=config.last).to(x0.device)
-    s = times[torch.randint(len(times), (len(x0),))]                          # tau_1 … tau_n = T, uniform
+    others = (1 - config.terminal) / max(len(times) - 1, 1)
+    odds = torch.tensor([config.terminal] + [others] * (len(times) - 1))      # tau_n = T first, … tau_1
+    s = times[torch.multinomial(odds, len(x0), replacement=True).to(times.device)]
     terminal, eps = s == times[0], torch.randn_like(x0)
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))

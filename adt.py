@@ -27,7 +27,7 @@ class Config:
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
     train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 2
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
-    start: Annotated[Literal["image", "text"], "paper: image, a noised real one; ours: text, pure noise"] = "text"
+    start: Annotated[Literal["image", "text"], "paper: a noised real image; ours: text, noise"] = "text"
     starts: Annotated[int, "ours: an image start is one of the path's so many noisiest; 0 = any (paper)"] = 0
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
@@ -56,7 +56,8 @@ class Config:
     def __post_init__(self):
         if min(self.batch, self.path_steps, self.train_steps) < 1:
             raise ValueError("batch, path_steps and train_steps are 1 or more")
-        if max(self.ema, self.beta1, self.beta1_d, self.leak, self.drop_caption, self.augment) > 1 or self.ema == 1:
+        shares = self.ema, self.beta1, self.beta1_d, self.leak, self.drop_caption, self.augment
+        if max(shares) > 1 or self.ema == 1:
             raise ValueError("ema, beta1, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
         if self.lambda_adv == 0:
             self.warmup_d = 0                                # there is no adversary to wait for

@@ -114,7 +114,7 @@ class Siamese(nn.Module):
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text is not looked at -> (B, tokens of all layers), pooled (B, layers)."""
+        """real, other (B, 3, H, W); text unseen -> (B, tokens of all layers), pooled (B, layers)."""
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
         logits = []
@@ -128,8 +128,8 @@ class Siamese(nn.Module):
 
 
 class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per layer and token <h(y), b + W c> / sqrt(width), where c (B, C) is what
-    it may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
+    """ADD's discriminator, unpaired: per layer and token <h(y), b + W c> / sqrt(width), where c (B, C) is
+    what it may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
     pictures and looks at the second alone; `relative`, it is siamese too: the verdict on the second less the
     verdict on the first, of the same caption. Is it less real than the real one? What they share cancels."""
 
@@ -145,7 +145,7 @@ class Projected(nn.Module):
         """One (B, D, h, w) per layer -> logits (B, tokens of all layers)."""
         seen = [head(x) for head, x in zip(self.heads, maps)]
         if self.project:
-            known = F.normalize(known.float())               # many entries of size 1 would be many steps in one
+            known = F.normalize(known.float())               # else one step of W is many steps of W c
             seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
                     for x, w in zip(seen, self.project)]
         return torch.cat(seen, 1).squeeze(-1)

@@ -4,7 +4,6 @@ Never one number alone: the Fréchet distance (distribution) stands beside promp
 precision (fidelity) and recall (diversity), and beside what real pictures score under the same judge and
 sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
-    python evaluate.py                                       what weights/ ships: the base, ADT's, ADD's student
     python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50                      Read next: notebooks/
 """
 
@@ -21,8 +20,8 @@ import models
 import sampler
 
 
-SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # names of models: files in weights/DATA/
-BASE_ROWS = [(1, {}), (4, {}), (10, {})]                     # steps and sampler settings of one that says none
+SHIPPED = {"base": "denoiser"}                               # names of models: files in weights/DATA/
+BASE_ROWS = [(1, {}), (4, {}), (10, {})]                     # (steps, sampler settings) where none are said
 
 
 # ------------------------------------------------------------------------------------------------ samples

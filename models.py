@@ -323,7 +323,7 @@ class TinyViT(nn.Module):
         (B, 128) that goes with each map, None for the stem's."""
         if hide is not None:
             shown = rearrange(~hide, "b (h w) -> b 1 h w", h=image.shape[-2] // self.patch)
-            image = image * shown.to(image.dtype).repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
+            image = image * F.interpolate(shown.to(image.dtype), scale_factor=self.patch)
         x, maps = image, []
         for stage in self.stem:
             maps.append(stage(x))

@@ -40,13 +40,13 @@ def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
         _, terminal = add.leap(model, picture, cond, add.Config())
         inputs.append(model.calls[0][0])
     apart = (inputs[0] - inputs[1]).abs().flatten(1).amax(1)
-    assert 4 < terminal.sum() < 30 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
+    assert 16 < terminal.sum() < 48 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
 
 
 @pytest.mark.parametrize("last", [1., .9])
 def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
-    """The index into a list of times is not a time: alpha of the time it is told is the share of picture. Only
-    pure noise may be told an earlier time, by which its output is then read."""
+    """The index into a list of times is not a time: alpha of the time it is told is the share of picture.
+    Only pure noise may be told an earlier time, by which its output is then read."""
     model = toy()
     picture = torch.full((64, 2, 64, 64), 3., dtype=torch.float64)
     x0_hat, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last))
@@ -58,6 +58,19 @@ def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
     alpha, sigma = model.at(torch.where(terminal, 999, told))
     torch.testing.assert_close(x.mean((1, 2, 3)) / 3, alpha.flatten(), rtol=0, atol=.03)
     torch.testing.assert_close(x.std((1, 2, 3)), sigma.flatten(), rtol=.05, atol=0)
+
+
+@pytest.mark.parametrize("steps,terminal,share", [(4, .25, .25), (4, .5, .5), (2, 1., 1.), (1, .5, 1.)])
+def test_pure_noise_has_its_share_of_the_batch(toy, steps, terminal, share):
+    """And the other student times share the rest evenly."""
+    model = toy()
+    torch.manual_seed(0)
+    config = add.Config(student_steps=steps, terminal=terminal)
+    _, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
+                        model.condition(["a"] * 4000), config)
+    assert found.float().mean().item() == pytest.approx(share, abs=.03)
+    counts = torch.bincount((model.calls[0][1] * 1000).round().long()).float()[:800] / 4000
+    assert all(c == pytest.approx((1 - share) / (steps - 1), abs=.03) for c in counts[counts > 0])
 
 
 def test_the_student_of_an_eps_model_keeps_the_schedules_alpha(toy):
@@ -318,7 +331,8 @@ def test_batches_of_any_size_work(world, n, condition):
     assert all(v.isfinite() for v in (*terms.values(), *judged.values()))
 
 
-@pytest.mark.parametrize("bad", [{"student_steps": 0}, {"ema": 1.}, {"lambda_adv": 0., "lambda_distill": 0.}])
+@pytest.mark.parametrize("bad", [{"student_steps": 0}, {"ema": 1.}, {"terminal": 1.5},
+                                 {"lambda_adv": 0., "lambda_distill": 0.}])
 def test_settings_that_make_no_sense_are_a_sentence(bad):
     with pytest.raises(ValueError):
         add.Config(**bad)
