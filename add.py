@@ -60,6 +60,10 @@ class Config:
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
 
+    def path(self, T):
+        """The student's times tau_n … tau_1 on a schedule of T."""
+        return sampler.timeline(T, self.student_steps, last=self.last)
+
     def rows(self):
         """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
         path; the student leaps, and between leaps its picture is noised afresh."""
@@ -86,14 +90,14 @@ def knowledge(critic, batch, cond, terminal, config):
 def leap(model, x0, cond, config):
     """x_s from the real x_0 at a random student time; one call of the network -> x0_hat (B, C, h, w), with
     gradient, and which samples started from pure noise (B,)."""
-    times = sampler.timeline(model.T, config.student_steps, last=config.last).to(x0.device)
+    times = config.path(model.T).to(x0.device)
     others = (1 - config.terminal) / max(len(times) - 1, 1)
     odds = torch.tensor([config.terminal] + [others] * (len(times) - 1))      # tau_n = T first, … tau_1
     s = times[torch.multinomial(odds, len(x0), replacement=True).to(times.device)]
     terminal, eps = s == times[0], torch.randn_like(x0)
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
-    return model.split(x_s, model.predict(x_s, s, cond).to(x_s.dtype), s)[0], terminal
+    return model.split(x_s, model.predict(x_s, s, cond), s)[0], terminal
 
 
 @torch.no_grad()
@@ -107,13 +111,18 @@ def advice(teacher, x0_hat, cond, config):
     if config.weighting == "nfsd":
         empty, bad = ({k: v.expand_as(cond[k]) for k, v in c.items()}
                       for c in (uncond, teacher.condition([config.negative])))
-        said = [teacher.split(x_t, teacher.predict(x_t, t, c).to(x_t.dtype), t)[1]
-                for c in (empty, cond, bad)]
+        said = [teacher.split(x_t, teacher.predict(x_t, t, c), t)[1] for c in (empty, cond, bad)]
         small = (t < teacher.T // 5).view(-1, 1, 1, 1)                        # 200 of 1000
         return losses.nfsd_target(x0_hat, alpha, sigma, *said, small), weight
     n = config.teacher_steps
     times = torch.stack([t * (n - i) // n for i in range(n)])                 # (n, B): from t down, evenly
     return sampler.rollout(teacher, x_t, times, cond, uncond, config.teacher_guidance), weight
+
+
+def augmented(picture, config):
+    """(B, 3, H, W) as the discriminator sees it; every call draws anew."""
+    return discriminator.augment(picture, discriminator.geometry(len(picture), picture.device),
+                                 config.augment)
 
 
 def generator_loss(model, teacher, critic, batch, config):
@@ -127,8 +136,7 @@ def generator_loss(model, teacher, critic, batch, config):
     fake = discriminator.visible(picture)
     known = knowledge(critic, batch, cond, terminal, config)
     if config.lambda_adv:
-        seen = discriminator.augment(fake, discriminator.geometry(len(fake), fake.device), config.augment)
-        adv = losses.hinge_generator(critic(None, seen, known))               # ADD eq. 2
+        adv = losses.hinge_generator(critic(None, augmented(fake, config), known))            # ADD eq. 2
         terms["adv"] = config.lambda_adv * adv
     if config.lambda_distill:
         target, weight = advice(teacher, x0_hat.detach(), cond, config)
@@ -140,8 +148,7 @@ def generator_loss(model, teacher, critic, batch, config):
 
 def discriminator_loss(critic, batch, fake, known, config):
     """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart."""
-    real, made = (discriminator.augment(x, discriminator.geometry(len(x), x.device), config.augment)
-                  for x in (batch.image, fake.detach()))
+    real, made = augmented(batch.image, config), augmented(fake.detach(), config)
     maps = [f.detach().requires_grad_(config.gamma > 0) for f in critic.features(real)]
     real, made = critic.score(maps, known), critic(None, made, known)
     terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3

@@ -62,6 +62,10 @@ class Config:
         if self.lambda_adv == 0:
             self.warmup_d = 0                                # there is no adversary to wait for
 
+    def path(self, T):
+        """The times that training runs on a schedule of T."""
+        return sampler.timeline(T, self.path_steps)
+
     def rows(self):
         """Who is measured at the end of a run: (name, steps, sampler settings)."""
         return [(who, self.path_steps, {"guidance": self.guidance}) for who in ("before", "after")]
@@ -75,7 +79,7 @@ class Config:
 def simulate(model, x0, cond, uncond, config):
     """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
     from there. One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
-    times = sampler.timeline(model.T, config.path_steps)
+    times = config.path(model.T)
     most = min(config.starts or config.path_steps, config.path_steps)
     first = int(torch.randint(most, ())) if config.start == "image" else 0
     times = times[first:]                                    # ADT start: t_s uniform over the path

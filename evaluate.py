@@ -20,7 +20,6 @@ import models
 import sampler
 
 
-SHIPPED = {"base": "denoiser"}                               # names of models: files in weights/DATA/
 BASE_ROWS = [(1, {}), (4, {}), (10, {})]                     # (steps, sampler settings) where none are said
 
 
@@ -183,29 +182,25 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """A shipped name, a run folder or a weights file -> (group, denoiser, data set, weights folder of its
+    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its
     judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share their group."""
-    if name in SHIPPED:
+    if name == "base":
         dataset = dataset or "glyphs"
-        path = models.WEIGHTS / Path(dataset).name / f"{SHIPPED[name]}.safetensors"
-        model = models.build("tiny", Path(dataset).name, path)
-        return name, model, dataset, None, models.load(path)[1].get("rows", BASE_ROWS)
+        return "base", models.build("tiny", Path(dataset).name), dataset, None, BASE_ROWS
     path, weights = Path(name), None
     if not path.exists():
-        raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
-                                "found nothing there")
-    facts = models.load(path / "denoiser.safetensors" if path.is_dir() else path)[1]
+        raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
+    model = models.build("tiny", dataset, name)
     group, plan = str(path), path / "config.json"
     if plan.is_file():
         settings = read_plan(plan)
         dataset, weights = dataset or settings["data"], settings["weights"]
         group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)",
                           *([f"from {weights}"] if weights else [])])
-    dataset = dataset or facts.get("data")
+    dataset = dataset or model.facts.get("data")
     if not dataset:
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
-    return (group, models.build("tiny", Path(dataset).name, name), dataset, weights,
-            facts.get("rows", BASE_ROWS))
+    return group, model, dataset, weights, model.facts.get("rows", BASE_ROWS)
 
 
 def read_plan(path):
@@ -237,8 +232,7 @@ def gather(rows):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
                                      allow_abbrev=False)
-    parser.add_argument("models", nargs="*", default=list(SHIPPED),
-                        help=f"{', '.join(SHIPPED)} (shipped; the default), run folders, weights files")
+    parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
     parser.add_argument("--steps", help="sampler steps, e.g. 1,2,4,10,50 (default: those of each model)")
     parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
@@ -259,9 +253,11 @@ def main(argv=None):
     try:
         if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
             raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
-        known = [locate(name, a.data)[2] for name in a.models if name not in SHIPPED] + [a.data]
-        found = [locate(name, known[0]) for name in dict.fromkeys(a.models)]
-        if len({dataset for _, _, dataset, *_ in found}) > 1:
+        located = {name: locate(name, a.data) for name in a.models if name != "base"}
+        if "base" in a.models:                               # of the data set that the others are of
+            located["base"] = locate("base", next((one[2] for one in located.values()), a.data))
+        found = [located[name] for name in dict.fromkeys(a.models)]
+        if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
                              "measure them one data set at a time")
         if a.prompt is not None:

@@ -72,8 +72,10 @@ class Denoiser(nn.Module):
         return a * x0 + b * eps
 
     def split(self, x, y, t):
-        """Solve the 2x2 system by Cramer's rule: (x_t, y) -> (x0, eps). The determinant is alpha (eps),
-        -sigma (x0) or 1 (v) and alpha + sigma (flow): nothing here divides by alpha_T = 0."""
+        """Solve the 2x2 system by Cramer's rule: (x_t, y) -> (x0, eps), in x's precision, whatever y's.
+        The determinant is alpha (eps), -sigma (x0) or 1 (v) and alpha + sigma (flow): nothing here divides by
+        alpha_T = 0."""
+        y = y.to(x.dtype)
         (alpha, sigma), (a, b) = self.at(t), self.coefficients(t)
         determinant = alpha * b - sigma * a
         return (b * x - sigma * y) / determinant, (alpha * y - a * x) / determinant
@@ -349,9 +351,7 @@ class Judge(nn.Module):
     def __init__(self, attributes, width=32):
         super().__init__()
         def stage(i, o):
-            return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(8, o), nn.GELU(),
-                                 nn.Conv2d(o, o, 3, padding=1), nn.GroupNorm(8, o), nn.GELU(),
-                                 nn.MaxPool2d(2))
+            return nn.Sequential(*convolutions(i, o), nn.GELU(), nn.MaxPool2d(2))
         self.stages = nn.Sequential(stage(3, width), stage(width, 2 * width), stage(2 * width, 3 * width))
         self.feature = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 16, 128), nn.LayerNorm(128))
         self.heads = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Linear(128, n)) for n in attributes)
@@ -434,7 +434,7 @@ def judge(data, weights=None):
 
 def build(model, data, weights=None):
     """--model, --data, --weights (a file, a run or a weights folder; default: shipped) -> a Denoiser of which
-    `network` alone is trainable."""
+    `network` alone is trainable, with the `facts` of its file."""
     if model != "tiny":
         raise ValueError(f"unknown model '{model}': wanted tiny")
     if weights and not Path(weights).exists():
@@ -446,4 +446,5 @@ def build(model, data, weights=None):
         raise ValueError(f"{path} is not a tiny denoiser: its header names no words and target")
     denoiser = fill(TinyDenoiser(facts["words"], facts["target"]), state, path).requires_grad_(False)
     denoiser.network.requires_grad_(True)
+    denoiser.facts = facts
     return denoiser

@@ -67,7 +67,7 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
                 y = recompute(model.predict, seen, t, cond, uncond, guidance, use_reentrant=False)
             else:
                 y = model.predict(seen, t, cond, uncond, guidance)
-        x0, eps = model.split(x, y.to(x.dtype), t)           # the step's linear algebra sees x attached
+        x0, eps = model.split(x, y, t)                       # the step's linear algebra sees x attached
         if visit is not None:
             visit(i, x0)
         if i + 1 < len(times):

@@ -258,7 +258,6 @@ def plan_of(arguments):
         plan = evaluate.read_plan(out / "config.json")
     else:
         plan = {key: getattr(arguments, key) for key in ("method", "model", "data", "weights", "seed", "set")}
-        plan["steps"] = None
         words = [plan["method"], Path(plan["data"]).name, *plan["set"], f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -269,8 +268,9 @@ def plan_of(arguments):
                                  "--overwrite replaces it, --out names another folder")
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
-    if arguments.steps is not None or plan["steps"] is None:
-        plan["steps"] = METHODS[plan["method"]][2] if arguments.steps is None else arguments.steps
+    plan.setdefault("steps", METHODS[plan["method"]][2])
+    if arguments.steps is not None:
+        plan["steps"] = arguments.steps
     if plan["steps"] < 1:
         raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
     return plan, out
@@ -282,8 +282,9 @@ def prepare(arguments):
     config = settle(plan["method"], plan["set"])
     source = data.build(plan["data"])
     model = models.build(plan["model"], source.name, plan["weights"])
-    for _, steps, _ in config.rows():
-        sampler.timeline(model.T, steps)
+    config.path(model.T)
+    for _, steps, settings in config.rows():
+        sampler.timeline(model.T, steps, last=settings.get("last", 1.))
     with torch.no_grad():                                    # whatever the data can say must be understood
         said = [*source.phrases, getattr(config, "negative", "")]
         text_width = model.condition(said)["pooled"].shape[1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import evaluate
+import models
 
 
 def gaussian(n, mean, scale, seed):
@@ -81,6 +82,8 @@ def test_few_samples_are_refused(glyphs):
 @pytest.mark.parametrize("arguments,sentence", [
     (["nowhere"], "found nothing there"),
     (["base", "--data", "cats"], "cats"),
+    ([str(models.WEIGHTS / name / "denoiser.safetensors") for name in ("glyphs", "fashion")],
+     "different data sets"),
     (["base", "--data", "glyphs", "--prompt", "a zebra"], "'zebra'"),
     (["base", "--data", "glyphs", "--steps", "0", "--samples", "200"], "1 to 1000 steps"),
     (["base", "--data", "fashion", "--split", "held_out"], "held_out"),

@@ -111,17 +111,14 @@ def test_warm_up_takes_a_quarter_of_the_run_at_most():
         assert run.warmup == warmup
 
 
-def test_measuring_each_terms_gradient_changes_nothing():
+def test_measuring_each_terms_gradient_changes_nothing(monkeypatch):
     """Taken one by one or as a sum, the terms leave the same gradient, and the parts are told apart."""
     found = []
     for measure in (1, 10 ** 9):
         _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "2"])[1])
-        keep, train.MEASURE = train.MEASURE, measure
-        try:
-            run.done = 1
-            seen = run.step()
-        finally:
-            train.MEASURE = keep
+        monkeypatch.setattr(train, "MEASURE", measure)
+        run.done = 1
+        seen = run.step()
         found.append((seen, [p.detach() for p in run.weights]))
     (measured, one), (plain, two) = found
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one, two))
@@ -144,6 +141,9 @@ def test_measuring_each_terms_gradient_changes_nothing():
     (["--set", "path_steps=1001"], "1 to 1000"),
     (["--set", "lr=nan"], "a number"),
     (["--method", "add", "--set", "path_steps=4"], "with a key of student_steps"),
+    (["--method", "add", "--set", "student_steps=1001"], "1 to 1000"),
+    (["--method", "add", "--set", "last=0"], "last is a share of T"),
+    (["--method", "add", "--set", "last=0.9", "--set", "student_steps=16"], "last is a share of T"),
     (["--method", "add", "--set", "weighting=dmd"], "one of exponential, sds, nfsd"),
     (["--method", "add", "--set", "negative=a blurry zebra"], "'blurry'"),
     (["--method", "add", "--set", "lambda_adv=0", "--set", "lambda_distill=0"], "nothing is left to learn"),
