@@ -27,6 +27,8 @@ class Config:
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
     last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
     terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 1/n, like every time)"] = 0.5
+    init: Annotated[Literal["base", "random"], "paper: it starts as a copy of the trained model"] = "base"
+    own: Annotated[float, "ours: share of the lower times that noise its own leaps (paper: 0)"] = 0.5
     # the teacher
     weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                          "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
@@ -38,12 +40,13 @@ class Config:
     space: Annotated[Literal["pixel", "latent"], "paper: where the distance is taken"] = "pixel"
     negative: Annotated[str, "ours: NFSD's negative prompt"] = ""
     # the discriminator
+    features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
-    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-3
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.3
+    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-4
+    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
     # the optimisers
     batch: Annotated[int, "ours: pictures per step"] = 32
-    lr: Annotated[float, "ours: AdamW, student"] = 2e-5
+    lr: Annotated[float, "ours: AdamW, student"] = 3e-5
     beta1: Annotated[float, "ours: momentum of the student"] = 0.9
     lr_d: Annotated[float, "ours: AdamW, heads"] = 2e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
@@ -88,16 +91,25 @@ def knowledge(critic, batch, cond, terminal, config):
 
 
 def leap(model, x0, cond, config):
-    """x_s from the real x_0 at a random student time; one call of the network -> x0_hat (B, C, h, w), with
-    gradient, and which samples started from pure noise (B,)."""
+    """One call of the network at a random student time -> x0_hat (B, C, h, w), with gradient, and which
+    samples saw nothing of the real x_0 (B,): those from pure noise, and those (a share of the others) whose
+    x_s was made, as it will be in use, of what the student itself leapt to from the times before."""
     times = config.path(model.T).to(x0.device)
     others = (1 - config.terminal) / max(len(times) - 1, 1)
     odds = torch.tensor([config.terminal] + [others] * (len(times) - 1))      # tau_n = T first, … tau_1
-    s = times[torch.multinomial(odds, len(x0), replacement=True).to(times.device)]
-    terminal, eps = s == times[0], torch.randn_like(x0)
+    stop = torch.multinomial(odds, len(x0), replacement=True).to(x0.device)
+    s, terminal, eps = times[stop], stop == 0, torch.randn_like(x0)
+    own = (~terminal & (torch.rand(len(x0), device=x0.device) < config.own)).nonzero().flatten()
+    if len(own):
+        leaps = []
+        with torch.no_grad():
+            sampler.rollout(model, torch.randn_like(x0[own]), times[:-1],
+                            {k: v[own] for k, v in cond.items()}, fresh=1.,
+                            visit=lambda i, x: leaps.append(x))
+        x0 = x0.index_copy(0, own, torch.stack(leaps)[stop[own] - 1, torch.arange(len(own))])
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
-    return model.split(x_s, model.predict(x_s, s, cond), s)[0], terminal
+    return model.split(x_s, model.predict(x_s, s, cond), s)[0], terminal.index_fill(0, own, True)
 
 
 @torch.no_grad()

@@ -37,12 +37,14 @@ class Config:
                        "ours: which discriminator"] = "relative"
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
+    features: Annotated[Literal["vit", "cnn", "random"], "paper: the frozen eyes; DINOv2's place"] = "vit"
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
     # the optimisers
+    init: Annotated[Literal["base", "random"], "paper: tuning starts from a trained model"] = "base"
     batch: Annotated[int, "ours: pictures per step"] = 32
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
     beta1: Annotated[float, "ours: momentum of the generator"] = 0.9

@@ -21,15 +21,14 @@ class Features(nn.Module):
     """The frozen backbone: pictures in [-1, 1] -> maps of the chosen layers. It cannot be unfrozen: its
     weights become buffers, which requires_grad_ does not reach, nor an optimiser, nor a checkpoint."""
 
-    def __init__(self, backbone, layers=(0, 1, 2, 4, 6)):
-        """backbone(image) -> (maps (B, D, h, w), CLS tokens (B, D) or None): layers of TinyViT, by default
-        both of its stem, the embedded patches, the second and the last block."""
+    def __init__(self, backbone, layers=None):
+        """backbone(image) -> (maps (B, D, h, w), CLS tokens (B, D) or None), and its own choice of layers."""
         super().__init__()
         for module in backbone.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, weight.detach(), persistent=False)
-        self.backbone, self.layers = backbone.eval(), tuple(layers)
+        self.backbone, self.layers = backbone.eval(), tuple(layers or backbone.layers)
         with torch.no_grad():
             maps, cls = backbone(torch.zeros(1, 3, 32, 32))
         self.shapes = [maps[i].shape[1:] for i in self.layers]                # (D, h, w) of each
@@ -145,7 +144,8 @@ class Projected(nn.Module):
         """One (B, D, h, w) per layer -> logits (B, tokens of all layers)."""
         seen = [head(x) for head, x in zip(self.heads, maps)]
         if self.project:
-            known = F.normalize(known.float())               # else one step of W is many steps of W c
+            # to length 8: shorter, it takes hundreds of steps to be heard; longer, a step of W is many of W c
+            known = 8 * F.normalize(known.float())
             seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
                     for x, w in zip(seen, self.project)]
         return torch.cat(seen, 1).squeeze(-1)

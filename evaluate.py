@@ -282,7 +282,8 @@ def main(argv=None):
     rows, shown = examine(players, captions, examiner, a.seed)
     if examiner:
         print(table(gather(rows)))
-    picture(list(dict(shown).items()), a.out, captions if examiner else None, note=" ".join(sys.argv))
+    typed = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    picture(list(dict(shown).items()), a.out, captions if examiner else None, note=typed)
     print(f"wrote {a.out}")
 
 

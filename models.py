@@ -92,6 +92,10 @@ class Denoiser(nn.Module):
         y_u, y_c = self.output(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return y_u + guidance * (y_c - y_u)
 
+    def forget(self):
+        """Give the network fresh random weights."""
+        raise NotImplementedError
+
     def output(self, x, time, cond):
         """x (B, C, h, w), time (B,) in the family's own unit, cond as `condition` made it
         -> y (B, C, h, w)."""
@@ -114,12 +118,12 @@ class Denoiser(nn.Module):
 def tables(target, steps=1000):
     """The tiny model's noise schedule: the straight line of rectified flow, alpha = 1 - sigma. An eps-model
     cannot start at alpha_T = 0 and gets Stable Diffusion's scaled-linear betas instead."""
+    time = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     if target == "eps":
         betas = torch.linspace(.00085 ** .5, .012 ** .5, steps, dtype=torch.float64) ** 2
         product = torch.cumprod(1 - betas, 0)
-        return product.sqrt(), (1 - product).sqrt(), torch.arange(steps) / steps
-    sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-    return 1 - sigma, sigma, sigma
+        return product.sqrt(), (1 - product).sqrt(), time
+    return 1 - time, time, time
 
 
 # ------------------------------------------------------------------------------- the tiny text-to-image model
@@ -268,16 +272,36 @@ class TinyUNet(nn.Module):
 
 class TinyDenoiser(Denoiser):
     """4.2 M parameters that draw 32x32 pictures from captions. Its 'VAE' is pixel-unshuffle: exactly
-    invertible, so the latent path of the real models is exercised at no cost."""
+    invertible, so the latent path of the real models is exercised at no cost.
 
-    def __init__(self, words, target="flow"):
+    What can be said of y from x_t alone, by the best line through it, need not be learned:
+        y = skip x_t + gain F(x_t / scale),    skip = cov(x_t, y) / var(x_t),    gain^2 = var(y) - skip cov
+    so that F sees and gives numbers of size 1 at every time (the idea of Karras et al. 2022, for any target).
+    Else 64 channels must carry twelve of noise through every layer, only to subtract it again; what they
+    garble is lost in the last of fifty steps, but stands in the picture of a single one."""
+
+    def __init__(self, words, target="flow", spread=.8):
+        """spread: root mean square of x_0's elements, roughly."""
         super().__init__(target, *tables(target))
+        (alpha, sigma), (a, b) = ((z.flatten() for z in pair) for pair in
+                                  (self.at(torch.arange(self.T)), self.coefficients(torch.arange(self.T))))
+        variance = (alpha * spread) ** 2 + sigma ** 2
+        covariance = a * alpha * spread ** 2 + b * sigma
+        skip = covariance / variance
+        gain = ((a * spread) ** 2 + b ** 2 - skip * covariance).clamp(min=0).sqrt()
+        for name, table in (("skip", skip), ("gain", gain), ("scale", variance.sqrt())):
+            self.register_buffer(name, table, persistent=False)
         self.words = list(words)
         self.text = TinyText(self.words)
         self.network = TinyUNet()
 
+    def forget(self):
+        self.network = TinyUNet()
+
     def output(self, x, time, cond):
-        return self.network(x, time, cond["text"], cond["mask"], cond["pooled"])
+        skip, gain, scale = (self.look_up(table, time * self.T - 1).view(-1, 1, 1, 1)
+                             for table in (self.skip, self.gain, self.scale))
+        return skip * x + gain * self.network(x / scale, time, cond["text"], cond["mask"], cond["pooled"])
 
     def encode(self, image):
         return F.pixel_unshuffle(image, 2)                                    # (B, 12, 16, 16)
@@ -301,6 +325,7 @@ class TinyViT(nn.Module):
     """Stands where DINOv2 stands for real models: a convolutional stem (32x32 and 16x16 pixels), then four
     transformer blocks over 8x8 tokens and CLS. Trained by pretrain.py to name attributes (CLS) and to repaint
     hidden 4x4 patches (tokens), so that it knows texture as well as meaning."""
+    layers = 0, 1, 2, 4, 6                     # what discriminators look at: stem, patches, two of the blocks
 
     def __init__(self, attributes, width=128, depth=4, patch=4, size=32):
         super().__init__()
@@ -340,6 +365,26 @@ class TinyViT(nn.Module):
             states.append(x := block(x))
         maps += [rearrange(s[:, 1:], "b (h w) c -> b c h w", h=side) for s in states]
         return maps, [None] * len(self.stem) + [s[:, 0] for s in states]
+
+
+class TinyCNN(nn.Module):
+    """Other eyes than TinyViT's, to see what the choice of features is worth: three stages of convolutions
+    (32x32, 16x16, 8x8), trained by pretrain.py to name attributes and nothing else."""
+    layers = 0, 1, 2
+
+    def __init__(self, attributes, widths=(32, 64, 128)):
+        super().__init__()
+        self.stages = nn.ModuleList(convolutions(i, o) for i, o in zip((3, *widths), widths))
+        self.norm = nn.LayerNorm(widths[-1])
+        self.heads = nn.ModuleList(nn.Linear(widths[-1], n) for n in attributes)
+
+    def forward(self, image):
+        """image (B, 3, H, W) -> its maps, and in CLS's place None, None, the last map's mean."""
+        x, maps = image, []
+        for stage in self.stages:
+            maps.append(stage(x))
+            x = F.max_pool2d(F.gelu(maps[-1]), 2)
+        return maps, [None] * (len(maps) - 1) + [x.mean((2, 3))]
 
 
 class Judge(nn.Module):
@@ -422,9 +467,14 @@ def sealed(network, path):
     return fill(network(facts["attributes"]), state, path).eval().requires_grad_(False)
 
 
-def features(data, weights=None):
-    """The pretrained TinyViT of a data set."""
-    return sealed(TinyViT, find("features", data, weights))
+def features(data, weights=None, which="vit"):
+    """The discriminators' eyes for a data set: the pretrained TinyViT, the TinyCNN, or a TinyViT that never
+    learned anything ("random")."""
+    if which == "cnn":
+        return sealed(TinyCNN, find("cnn", data, weights))
+    path = find("features", data, weights)
+    trained = sealed(TinyViT, path)
+    return TinyViT(load(path)[1]["attributes"]) if which == "random" else trained
 
 
 def judge(data, weights=None):

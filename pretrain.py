@@ -1,9 +1,10 @@
-"""Makes the three small networks that weights/ ships, from nothing:  python pretrain.py --data glyphs
+"""Makes the four small networks that weights/ ships, from nothing:  python pretrain.py --data glyphs
 
     judge      a CNN that names attributes and repaints; measures everything, and no discriminator ever
                sees it
     features   a small ViT that names attributes and repaints hidden patches: the frozen backbone,
                in DINOv2's place
+    cnn        other eyes, which only name: what the choice of features is worth (ADD's Table 1)
     denoiser   the text-to-image model that the two papers then improve
 
 Each is one `loss` function below; the loop is shared. Every run saves its state once a minute and goes on
@@ -41,10 +42,11 @@ class Recipe:
 RECIPES = {
     "judge": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
     "features": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
+    "cnn": {"glyphs": Recipe(2500, 64, 1e-3), "fashion": Recipe(1500, 64, 1e-3)},
     "denoiser": {"glyphs": Recipe(19500, 32, 1e-3, descent=1 / 3),
                  "fashion": Recipe(7000, 32, 1e-3, descent=1 / 3)},
 }
-SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000}  # never the same random numbers twice
+SEEDS = {"judge": 1000, "features": 2000, "denoiser": 3000, "cnn": 4000}  # never the same numbers twice
 
 
 def attribute_loss(logits, truth):
@@ -82,6 +84,12 @@ def features_loss(network, batch):
     return attribute_loss(logits, batch.truth) + 2 * repaint
 
 
+def cnn_loss(network, batch):
+    """Name the attributes."""
+    cls = network(shift(batch.image))[1][-1]
+    return attribute_loss([head(network.norm(cls)) for head in network.heads], batch.truth)
+
+
 def denoiser_loss(model, batch):
     """The flow loss, 10 % of the captions empty so that
     classifier-free guidance has something to push against."""
@@ -100,6 +108,8 @@ def make(which, source, target):
         return judge, judge_loss, {"attributes": classes}
     if which == "features":
         return models.TinyViT(classes), features_loss, {"attributes": classes}
+    if which == "cnn":
+        return models.TinyCNN(classes), cnn_loss, {"attributes": classes}
     return models.TinyDenoiser(source.words, target), denoiser_loss, {"words": source.words, "target": target}
 
 
@@ -164,7 +174,7 @@ def fit(which, source, recipe, out, target="flow"):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
-    parser.add_argument("--only", choices=list(RECIPES), help="make one network instead of all three")
+    parser.add_argument("--only", choices=list(RECIPES), help="make one network instead of all four")
     parser.add_argument("--steps", type=int, help="steps of each network (default: its recipe)")
     parser.add_argument("--target", default="flow", choices=["eps", "x0", "v", "flow"],
                         help="what the denoiser predicts")

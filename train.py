@@ -289,8 +289,10 @@ def prepare(arguments):
         said = [*source.phrases, getattr(config, "negative", "")]
         text_width = model.condition(said)["pooled"].shape[1]
     torch.manual_seed(plan["seed"])
-    features = discriminator.Features(models.features(source.name, plan["weights"]))
+    features = discriminator.Features(models.features(source.name, plan["weights"], config.features))
     base = deepcopy(model).eval().requires_grad_(False)
+    if config.init == "random":
+        model.forget()
     run = Run(model, base, config.critic(features, text_width), METHODS[plan["method"]][0], config, source,
               plan["steps"])
     if arguments.resume:

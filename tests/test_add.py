@@ -37,7 +37,7 @@ def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
         torch.manual_seed(1)
         model.calls.clear()
         picture = torch.full((64, 2, 4, 4), value, dtype=torch.float64)
-        _, terminal = add.leap(model, picture, cond, add.Config())
+        _, terminal = add.leap(model, picture, cond, add.Config(own=0.))
         inputs.append(model.calls[0][0])
     apart = (inputs[0] - inputs[1]).abs().flatten(1).amax(1)
     assert 16 < terminal.sum() < 48 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
@@ -49,7 +49,7 @@ def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
     Only pure noise may be told an earlier time, by which its output is then read."""
     model = toy()
     picture = torch.full((64, 2, 64, 64), 3., dtype=torch.float64)
-    x0_hat, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last))
+    x0_hat, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last, own=0.))
     x, time, _ = model.calls[0]
     told, end = (time * model.T).round().long(), round(last * 1000) - 1
     assert sorted(set(told.tolist())) == [249, 499, 749, end] and ((told == end) == terminal).all()
@@ -65,7 +65,7 @@ def test_pure_noise_has_its_share_of_the_batch(toy, steps, terminal, share):
     """And the other student times share the rest evenly."""
     model = toy()
     torch.manual_seed(0)
-    config = add.Config(student_steps=steps, terminal=terminal)
+    config = add.Config(student_steps=steps, terminal=terminal, own=0.)
     _, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
                         model.condition(["a"] * 4000), config)
     assert found.float().mean().item() == pytest.approx(share, abs=.03)
@@ -78,12 +78,38 @@ def test_the_student_of_an_eps_model_keeps_the_schedules_alpha(toy):
     model = toy("eps")
     torch.manual_seed(0)
     x0_hat, terminal = add.leap(model, torch.zeros(32, 2, 4, 4, dtype=torch.float64),
-                                model.condition(["a"] * 32), add.Config(last=1.))
+                                model.condition(["a"] * 32), add.Config(last=1., own=0.))
     alpha, sigma = model.at(torch.tensor([999]))
     x, time, _ = model.calls[0]
     expected = (x - sigma * model.output(x, time, model.condition(["a"] * 32))) / alpha
     torch.testing.assert_close(x0_hat[terminal], expected[terminal])
     assert x0_hat.isfinite().all()
+
+
+def test_below_pure_noise_the_student_may_start_from_its_own_leaps(toy, monkeypatch):
+    """A student that always leaps to 2 + t, a real picture of 9: each lower time is reached either from the
+    real one or, without gradient, from what the student said at the time before; the adversary is told which
+    samples saw nothing of the real one."""
+    model = toy()
+    def output(x, time, cond):
+        t = (time * model.T).round().long()
+        model.calls.append((x, t, torch.is_grad_enabled()))
+        alpha, sigma = model.at(t)
+        return (x - (2 + t.view(-1, 1, 1, 1) / 1000) * alpha) / sigma - (2 + t.view(-1, 1, 1, 1) / 1000)
+    monkeypatch.setattr(model, "output", output)
+    for share in (.5, 1.):
+        model.calls.clear()
+        _, blind = add.leap(model, torch.full((64, 2, 64, 64), 9., dtype=torch.float64),
+                            model.condition(["a"] * 64), add.Config(own=share))
+        *chain, (x, s, with_gradient) = model.calls
+        assert with_gradient and len(chain) == 3 and not any(grad for *_, grad in chain)
+        before = {249: 2.499, 499: 2.749, 749: 2.899}        # what was leapt to from the time before
+        alpha, _ = model.at(s)
+        lower = s < 899
+        mean = (x.mean((1, 2, 3)) / alpha.flatten())[lower]
+        own = torch.tensor([before[t] for t in s[lower].tolist()]).double()
+        torch.testing.assert_close(mean, torch.where(blind[lower], own, 9.), rtol=0, atol=.2)
+        assert blind[~lower].all() and blind[lower].double().mean() == pytest.approx(share, abs=.25)
 
 
 def test_later_steps_of_the_student_noise_its_own_picture(toy, monkeypatch):

@@ -259,3 +259,25 @@ def test_a_pair_shares_its_geometry_and_not_its_colours():
     assert (place(one).flatten(1).sum(1) == 25).all()        # whole-pixel shifts: nothing is blurred
     assert (one - two).abs().amax((1, 2, 3)).min() > 1e-3
     assert len({tuple(p.nonzero()[0].tolist()) for p in place(one)}) > 5      # and the draws differ
+
+
+@pytest.mark.parametrize("which", ["vit", "cnn", "random"])
+def test_any_eyes_fit_any_discriminator(which):
+    """Frozen all the same, and the gradient reaches the picture through them."""
+    eyes = discriminator.Features(models.features("glyphs", which=which))
+    assert not list(eyes.parameters()) and eyes.summary(torch.zeros(2, 3, 32, 32)).shape == (2, eyes.width)
+    picture = torch.rand(2, 3, 32, 32, requires_grad=True)
+    for critic in (build_critic("relative", eyes, 16), build_critic("similarity", eyes, 16)):
+        logits = critic(picture.detach().flip(0), picture, torch.randn(2, 16))
+        assert logits.shape[0] == 2 and logits.shape[1] >= 3 * 64
+        assert torch.autograd.grad(logits.sum(), picture)[0].abs().sum() > 0
+
+
+def test_eyes_that_never_learned_differ_from_seed_to_seed_and_from_those_that_did():
+    image = torch.rand(1, 3, 32, 32)
+    seen = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        seen.append(models.features("glyphs", which="random")(image)[0][-1])
+    assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=.1)
+    assert not torch.allclose(seen[0], models.features("glyphs")(image)[0][-1], atol=.1)

@@ -61,6 +61,36 @@ def test_v_target_is_the_derivative_along_the_circle():
     torch.testing.assert_close(slope, model.training_target(x0, eps, middle), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+def test_the_tiny_network_is_left_what_a_line_cannot_say(target):
+    """Of pictures with the assumed spread, its input and its task have unit variance, and the task is
+    uncorrelated with x_t: no line through x_t does better."""
+    model = models.TinyDenoiser(["a"], target).double()
+    seen = {}
+    def network(x, *rest):
+        seen["x"] = x
+        return torch.zeros_like(x)
+    model.network.forward = network
+    x0, eps = torch.randn(2, 3, 12, 160, 160, dtype=torch.float64)
+    x0, t = .8 * x0, torch.tensor([99, 499, 899])
+    x, y = model.add_noise(x0, t, eps), model.training_target(x0, eps, t)
+    line = model.predict(x, t, model.condition([""] * 3))
+    task = (y - line) / model.gain[t].view(-1, 1, 1, 1)
+    for i in range(3):
+        assert abs(seen["x"][i].std() - 1) < .01 and abs(task[i].std() - 1) < .01
+        assert abs((task[i] * x[i]).mean()) < .01
+
+
+def test_at_pure_noise_only_the_network_speaks():
+    """A flow's linear part takes all of the noise away: the one-step picture is -gain F."""
+    model = models.TinyDenoiser(["a"])
+    torch.nn.init.normal_(model.network.leave[2].weight, std=.1)
+    eps, t, cond = torch.randn(2, 12, 16, 16), torch.tensor([999, 999]), model.condition(["", ""])
+    y = model.predict(eps, t, cond)
+    made = model.network(eps, torch.ones(2), cond["text"], cond["mask"], cond["pooled"])
+    torch.testing.assert_close(model.split(eps, y, t)[0], -.8 * made, rtol=0, atol=1e-4)
+
+
 def test_terminal_time_contains_nothing_of_x0():
     model = Toy("flow")
     eps = torch.randn(1, 2, 4, 4, dtype=torch.float64)

@@ -185,7 +185,7 @@ def test_words_the_model_does_not_know_stop_a_run_before_it_starts(tmp_path, cap
 
 
 def test_own_folder_from_nothing_to_a_tuned_model(tmp_path):
-    """pretrain.py makes the three networks for a folder, train.py tunes them."""
+    """pretrain.py makes the networks for a folder, train.py tunes them."""
     import pretrain
     mine, weights = folder(tmp_path / "mine", n=400), tmp_path / "weights"
     pretrain.main(["--data", str(mine), "--steps", "2", "--out", str(weights)])

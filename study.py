@@ -1,0 +1,160 @@
+"""Many runs, one table: the results of the README, each made by one command.
+
+    python study.py adt --data glyphs            ADT, its rivals and plain fine-tuning, three seeds
+    python study.py adt-ablations                what each part of ADT is worth, one seed
+    python study.py add --data fashion           the ADD student beside its teacher, three seeds
+    python study.py add-table1                   Table 1 of the ADD paper, in small
+
+Each run lives in a folder of its own under runs/. What is finished is not repeated and what was interrupted
+goes on, so a study may be stopped at will; two studies may share the machine (OMP_NUM_THREADS=1 for each).
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import data
+import evaluate
+import models
+import train
+
+
+@dataclass
+class Row:
+    """One line of a table. said: what the paper measured for its counterpart."""
+    label: str
+    settings: list = field(default_factory=list)             # key=value, as after --set
+    method: str = "adt"
+    steps: int | None = None                                 # default: the method's
+    said: str = ""
+
+
+PATHS = [(4, {}), (10, {}), (20, {}), (10, {"shift": 3.}), (10, {"fresh": .5}), (10, {"guidance": 2.})]
+
+# beside each row the paper's own figures: COCO, one student step, FID (less is better) / CLIP score (more is)
+TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
+    ("features: ViT (the default run)", [], "DINOv2-S 20.6 / .319"),
+    ("features: another architecture", ["features=cnn"], "CLIP-L 23.3 / .308"),
+    ("features: never trained", ["features=random"], ""),
+    ("condition: none", ["condition=none"], "21.2 / .302"),
+    ("condition: text", ["condition=text"], "21.2 / .307"),
+    ("condition: image", ["condition=image"], "21.1 / .316"),
+    ("condition: both (the default run)", [], "20.6 / .319"),
+    ("student from random weights", ["init=random"], "293.6 / .065"),
+    ("adversarial loss alone", ["lambda_distill=0"], "20.8 / .315"),
+    ("distillation alone", ["lambda_adv=0"], "315.6 / .076"),
+    ("both, exponential (the default run)", [], "20.6 / .319"),
+    ("both, SDS", ["weighting=sds"], "22.3 / .325"),
+    ("both, NFSD", ["weighting=nfsd"], "21.8 / .327"),
+    ("teacher steps: 1 (the default run)", [], "20.6 / .319"),
+    ("teacher steps: 2", ["teacher_steps=2"], "20.8 / .321"),
+    ("teacher steps: 4", ["teacher_steps=4"], "20.3 / .317"),
+    ("distance: squared (the default run)", [], "best"),
+    ("distance: L1", ["distance=l1"], ""),
+    ("distance: pseudo-Huber", ["distance=huber"], "")]]
+
+# name: (measured at [(steps, sampler settings)], of the base [(…)], rows); None: as each model is used
+STUDIES = {
+    "adt": (PATHS, [*PATHS, (50, {}), (50, {"guidance": 2.})], [
+        Row("diffusion loss alone", method="diffusion", steps=2500),
+        Row("ADT, siamese"),
+        Row("ADT, unpaired (projected)", ["variant=projected", "lambda_adv=0.1"])]),
+    "adt-ablations": ([(10, {})], [(10, {})], [
+        Row("ADT, as it is"),
+        Row("no diffusion loss", ["lambda_diff=0"]),
+        Row("unpaired discriminator", ["variant=projected", "lambda_adv=0.1"]),
+        Row("similarity discriminator", ["variant=similarity"]),
+        Row("image-to-image start", ["start=image"]),
+        Row("gradient through inputs", ["leak=1"]),
+        Row("K = 1", ["train_steps=1"]),
+        Row("K = 5", ["train_steps=5"]),
+        Row("K = all", ["pick=all"]),
+        Row("last K = 2", ["pick=last"]),
+        Row("no augmentation", ["augment=0"])]),
+    "add": (None, [(n, {}) for n in (1, 2, 4, 8, 25, 50)], [Row("ADD student", method="add")]),
+    "add-table1": (None, [(1, {}), (25, {})], TABLE_1),
+}
+
+
+def trained(row, dataset, seed, steps, folder):
+    """The row's finished run, training what is left of it -> its folder."""
+    steps = steps or row.steps or train.METHODS[row.method][2]
+    words = [row.method, Path(dataset).name, *row.settings, f"{steps}steps", f"seed{seed}"]
+    out = folder / "-".join(words)
+    weights = out / "denoiser.safetensors"
+    if weights.is_file() and models.load(weights)[1]["steps"] == steps:
+        return out
+    go = ["--steps", str(steps), "--samples", "0"]
+    if (out / "checkpoint.pt").is_file():
+        go += ["--resume", str(out)]
+    else:
+        go += ["--method", row.method, "--data", dataset, "--seed", str(seed), "--out", str(out),
+               "--overwrite"]
+        for setting in row.settings:
+            go += ["--set", setting]
+    train.main(go)
+    return out
+
+
+def name(steps, settings):
+    """'10 steps, shift 3': a way to sample, in words."""
+    words = [f"{steps} step{'s' * (steps > 1)}", *(f"{k} {v:g}" for k, v in settings.items() if k != "last"
+                                                   and (k, v) != ("fresh", 1.))]
+    return ", ".join(words)
+
+
+def measured(model, ways, examiner, cache):
+    """{way in words: figures}, each measured once in the life of the file `cache`."""
+    known = json.loads(cache.read_text()) if cache.is_file() else {}
+    for steps, settings in ways:
+        key = f"{name(steps, settings)} ({len(examiner.asked.caption)} pictures)"
+        if key not in known:
+            known[key] = examiner.measure(model, steps, **settings)
+            train.write(cache, json.dumps(known, indent=1))
+        yield name(steps, settings), known[key]
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
+    parser.add_argument("--seeds", type=int, help="runs per row (default: 3, of ablations 1)")
+    parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
+    parser.add_argument("--samples", type=int, default=train.SAMPLES, help="pictures per figure")
+    parser.add_argument("--out", default="runs", help="where the runs are kept")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, a = parse(argv)
+    at, base_at, rows = STUDIES[a.study]
+    seeds, folder, lines = a.seeds or (3 if a.study in ("adt", "add") else 1), Path(a.out), []
+    try:
+        source = data.build(a.data)
+        examiner = evaluate.Examiner(source, a.samples)
+        base = models.build("tiny", source.name)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"study.py: {error}\n")
+    said = {}
+    for way, figures in measured(base, base_at, examiner, folder / f"base-{source.name}.json"):
+        lines.append((f"base, {way}", figures))
+    for seed in range(seeds):
+        for row in rows:
+            out = trained(row, a.data, seed, a.steps, folder)
+            model = models.build("tiny", source.name, out)
+            minutes = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seconds"] / 60
+            for way, figures in measured(model, at or model.facts["rows"], examiner, out / "measured.json"):
+                lines.append((f"{row.label}, {way}", {**figures, "minutes": minutes}))
+                said[lines[-1][0]] = row.said
+    lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
+             for label, figures in [*lines, ("real pictures", {**examiner.floor, "steps": "", "excess": 0.})]]
+    text = evaluate.table(evaluate.gather(lines))
+    train.write(folder / f"{a.study}-{source.name}.md", text + "\n")
+    print(f"\n{text}\n\nwrote {folder}/{a.study}-{source.name}.md")
+
+
+if __name__ == "__main__":
+    main()

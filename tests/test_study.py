@@ -1,0 +1,57 @@
+"""Studies: each row trained once, measured once, and told apart."""
+
+import json
+
+import pytest
+import study
+import train
+
+ROWS = [study.Row("as it is", method="add", said="20.6 / .319"),
+        study.Row("from nothing", ["init=random"], method="add", said="293.6 / .065"),
+        study.Row("as it is, again", method="add", said="20.6 / .319")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(study.STUDIES, "add", (None, [(2, {})], ROWS))
+    monkeypatch.setitem(train.METHODS, "add", (train.add, {"batch": 2}, 2))
+
+
+def test_a_study_trains_each_row_once_and_sets_the_paper_beside_it(tmp_path, small, monkeypatch, capsys):
+    order = ["add", "--seeds", "2", "--samples", "200", "--out", str(tmp_path)]
+    study.main(order)
+    table = (tmp_path / "add-glyphs.md").read_text()
+    assert "as it is, 1 step, 2 seeds" in table and "293.6 / .065" in table and "±" in table
+    assert table in capsys.readouterr().out
+    runs = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
+    assert len(runs) == 4                                    # two settings, two seeds; 'again' is no new run
+    for run in runs:
+        assert len(json.loads((tmp_path / run / "measured.json").read_text())) == 3     # 1, 2 and 4 steps
+    monkeypatch.setattr(train, "main", lambda go: pytest.fail(f"trained again: {go}"))
+    study.main(order)                                        # nothing is left to do
+    assert (tmp_path / "add-glyphs.md").read_text() == table
+
+
+def test_an_interrupted_row_goes_on(tmp_path, small):
+    row = ROWS[0]
+    straight = study.trained(row, "glyphs", 0, 2, tmp_path / "straight")
+    half = study.trained(row, "glyphs", 0, 1, tmp_path / "halved")
+    half.rename(half.with_name(straight.name))               # as if stopped after one step of two
+    resumed = study.trained(row, "glyphs", 0, 2, tmp_path / "halved")
+    log = [json.loads(line) for line in (resumed / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1]
+
+
+def test_every_row_of_every_study_is_a_run_that_could_start():
+    for _, _, rows in study.STUDIES.values():
+        for row in rows:
+            train.settle(row.method, row.settings)
+            assert row.label and (row.steps is None or row.steps > 0)
+        assert len({row.label for row in rows}) == len(rows)
+
+
+def test_bad_orders_are_a_sentence(tmp_path, capsys):
+    for order in (["add", "--data", str(tmp_path / "nowhere")], ["add", "--samples", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            study.main([*order, "--out", str(tmp_path / "runs")])
+        assert stop.value.code == 2 and "study.py: " in capsys.readouterr().err
