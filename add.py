@@ -26,6 +26,7 @@ class Config:
     # the student
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
     last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
+    fresh: Annotated[float, "ours: share of new noise between its leaps in use; 1 forgets the old"] = 1.0
     terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 1/n, like every time)"] = 0.5
     init: Annotated[Literal["base", "random"], "paper: it starts as a copy of the trained model"] = "base"
     own: Annotated[float, "ours: share of the lower times that noise its own leaps (paper: 0)"] = 0.5
@@ -58,8 +59,10 @@ class Config:
     def __post_init__(self):
         if min(self.batch, self.student_steps, self.teacher_steps) < 1:
             raise ValueError("batch, student_steps and teacher_steps are 1 or more")
-        if max(self.ema, self.beta1, self.beta1_d, self.augment, self.terminal) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1, beta1_d, augment and terminal are shares between 0 and 1")
+        if max(self.ema, self.beta1, self.beta1_d, self.augment, self.terminal, self.own, self.fresh) > 1:
+            raise ValueError("ema, beta1, beta1_d, augment, terminal, own and fresh are shares, 0 to 1")
+        if self.ema == 1:
+            raise ValueError("ema is below 1: an average that never moves learns nothing")
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
 
@@ -69,9 +72,9 @@ class Config:
 
     def rows(self):
         """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
-        path; the student leaps, and between leaps its picture is noised afresh."""
+        path; the student leaps, and between leaps its picture is noised again."""
         return ([("before", steps, {}) for steps in (1, 4, 25)]
-                + [("after", steps, {"fresh": 1., "last": self.last}) for steps in (1, 2, 4)])
+                + [("after", steps, {"fresh": self.fresh, "last": self.last}) for steps in (1, 2, 4)])
 
     def critic(self, features, text_width):
         known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
@@ -103,9 +106,9 @@ def leap(model, x0, cond, config):
     if len(own):
         leaps = []
         with torch.no_grad():
-            sampler.rollout(model, torch.randn_like(x0[own]), times[:-1],
-                            {k: v[own] for k, v in cond.items()}, fresh=1.,
-                            visit=lambda i, x: leaps.append(x))
+            sampler.few_step(model, torch.randn_like(x0[own]), times[:-1],
+                             {k: v[own] for k, v in cond.items()}, config.fresh,
+                             visit=lambda i, x: leaps.append(x))
         x0 = x0.index_copy(0, own, torch.stack(leaps)[stop[own] - 1, torch.arange(len(own))])
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))

@@ -164,9 +164,14 @@ class Projected(nn.Module):
 # ------------------------------------------------------------------------------- differentiable augmentation
 
 def visible(image):
-    """What a viewer will see: clamped to [-1, 1], the gradient straight through, as if it were not. Real
-    pictures end at black and white; an adversary that may look beyond them teaches nothing else."""
-    return image + (image.clamp(-1, 1) - image).detach()
+    """What a viewer will see: clamped to [-1, 1]. Real pictures end at black and white; an adversary that may
+    look beyond them teaches nothing else. The gradient goes straight through, for what is too white to come
+    back, but never further out: nobody would see it, and black that grows blacker ruins the next step."""
+    outside = (image - image.clamp(-1, 1)).detach()
+    if image.requires_grad:
+        image = image.view_as(image)                         # a hook of its own
+        image.register_hook(lambda slope: torch.where(outside * slope < 0, 0., slope))
+    return image - outside
 
 
 def geometry(n, device=None):

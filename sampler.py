@@ -79,7 +79,8 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
     return x0
 
 
-def few_step(model, noise, times, cond, generator=None):
-    """1-4 steps of a distilled model: predict x0, noise it afresh to the next time, repeat. Exactly the
-    inputs an ADD student is trained on, with its own x0 in place of the real one. No guidance."""
-    return rollout(model, noise, times, cond, fresh=1.0, generator=generator)
+def few_step(model, noise, times, cond, fresh=1.0, generator=None, visit=None):
+    """1-4 steps of a distilled model: predict x0, noise it to the next time, repeat. With fresh = 1 exactly
+    the inputs an ADD student is trained on, its own x0 in place of the real one; with less, as noisy, but
+    some of the noise it was given stays, and with it the variety of its pictures. No guidance."""
+    return rollout(model, noise, times, cond, fresh=fresh, generator=generator, visit=visit)

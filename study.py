@@ -98,10 +98,9 @@ def trained(row, dataset, seed, steps, folder):
 
 
 def name(steps, settings):
-    """'10 steps, shift 3': a way to sample, in words."""
-    words = [f"{steps} step{'s' * (steps > 1)}", *(f"{k} {v:g}" for k, v in settings.items() if k != "last"
-                                                   and (k, v) != ("fresh", 1.))]
-    return ", ".join(words)
+    """'10 steps, shift 3': a way to sample, in words; a student has but one."""
+    words = [f"{steps} step{'s' * (steps > 1)}"]
+    return ", ".join(words + [f"{k} {v:g}" for k, v in settings.items() if "last" not in settings])
 
 
 def measured(model, ways, examiner, cache):

@@ -112,9 +112,10 @@ def test_below_pure_noise_the_student_may_start_from_its_own_leaps(toy, monkeypa
         assert blind[~lower].all() and blind[lower].double().mean() == pytest.approx(share, abs=.25)
 
 
-def test_later_steps_of_the_student_noise_its_own_picture(toy, monkeypatch):
-    """few_step: the second input is alpha x0_hat + sigma fresh noise. (Noising the truth again would look
-    fine in training and fail in use.)"""
+@pytest.mark.parametrize("fresh", [1., .5, 0.])
+def test_later_steps_of_the_student_noise_its_own_picture(toy, monkeypatch, fresh):
+    """few_step: the second input is alpha x0_hat + sigma noise of unit variance, of which each leap replaces
+    its share. (Noising the truth again would look fine in training and fail in use.)"""
     model, seen = toy(), []
     def constant(x, time, cond):                             # the flow that means x0 = 5 everywhere
         seen.append((x, time))
@@ -122,13 +123,14 @@ def test_later_steps_of_the_student_noise_its_own_picture(toy, monkeypatch):
         return (x - 5 * alpha) / sigma - 5
     monkeypatch.setattr(model, "output", constant)
     noise = torch.randn(1, 2, 64, 64, dtype=torch.float64)
-    made = sampler.few_step(model, noise, sampler.timeline(model.T, 4), model.condition(["a"]),
+    made = sampler.few_step(model, noise, sampler.timeline(model.T, 4), model.condition(["a"]), fresh,
                             torch.Generator().manual_seed(0))
     torch.testing.assert_close(made, torch.full_like(made, 5.))
-    for x, time in seen[1:]:
+    for i, (x, time) in enumerate(seen[1:], 1):
         alpha, sigma = model.at((time * model.T).round().long())
         rest = (x - 5 * alpha) / sigma
-        assert abs(rest.std() - 1) < .05 and abs((rest * noise).mean()) < .05        # new noise, not the old
+        kept = (1 - fresh ** 2) ** (i / 2)
+        assert abs(rest.std() - 1) < .05 and abs((rest * noise).mean() - kept) < .05
 
 
 # ------------------------------------------------------------------------------------------- the teacher

@@ -226,12 +226,13 @@ def test_augmentation_is_the_identity_at_strength_zero():
     torch.testing.assert_close(discriminator.augment(image, discriminator.geometry(4), 0.), image)
 
 
-def test_what_is_visible_is_clamped_and_its_gradient_is_not():
-    image = torch.tensor([-3., -.5, .5, 1.2], requires_grad=True)
+def test_what_is_visible_is_clamped_and_descent_never_leads_further_out():
+    image = torch.tensor([-3., -3., -.5, .5, 1.2, 1.2], requires_grad=True)
     shown = discriminator.visible(image)
-    assert shown.tolist() == [-1., -.5, .5, 1.]
-    shown.backward(torch.tensor([1., 2., 3., 4.]))
-    assert image.grad.tolist() == [1., 2., 3., 4.]
+    torch.testing.assert_close(shown, torch.tensor([-1., -1., -.5, .5, 1., 1.]))
+    shown.backward(torch.tensor([1., -1., 2., -3., 4., -4.]))
+    assert image.grad.tolist() == [0., -1., 2., -3., 4., 0.]
+    assert torch.equal(discriminator.visible(image.detach()), shown)
 
 
 def test_augmentation_is_differentiable_and_right():

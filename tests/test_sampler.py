@@ -197,7 +197,8 @@ def test_few_step_sees_what_an_add_student_is_trained_on(toy):
         sampler.rollout(model, start, times, model.condition(["a"]), fresh=1., generator=generator,
                         visit=lambda i, x0: visited.update({i: x0}))
         model.calls.clear()
-        last = sampler.few_step(model, start, times, model.condition(["a"]), torch.Generator().manual_seed(5))
+        last = sampler.few_step(model, start, times, model.condition(["a"]),
+                                generator=torch.Generator().manual_seed(5))
     fresh = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(5))
     alpha, sigma = model.at(torch.tensor([499]))
     torch.testing.assert_close(model.calls[1][0], alpha * visited[0] + sigma * fresh)
