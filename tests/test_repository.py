@@ -73,6 +73,7 @@ SHRINK = {"adt.py": [('pictures per step"] = 32', 'pictures per step"] = 2'),
           "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 600)", ", 2)")],
           "evaluate.py": [("default=2000", "default=200")],
           "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("(3 if", "(1 if"),
+                       ("        for row in rows:", "        for row in rows[::4]:"),
                        ("(20, {}), ", ""),
                        ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("25, 50)", "25)")],
           "pretrain.py": [(r"Recipe\(\d+, \d+,", "Recipe(1, 2,")]}
