@@ -472,9 +472,8 @@ def features(data, weights=None, which="vit"):
     learned anything ("random")."""
     if which == "cnn":
         return sealed(TinyCNN, find("cnn", data, weights))
-    path = find("features", data, weights)
-    trained = sealed(TinyViT, path)
-    return TinyViT(load(path)[1]["attributes"]) if which == "random" else trained
+    trained = sealed(TinyViT, find("features", data, weights))
+    return TinyViT([head.out_features for head in trained.heads]) if which == "random" else trained
 
 
 def judge(data, weights=None):
