@@ -4,6 +4,7 @@ Never one number alone: the Fréchet distance (distribution) stands beside promp
 precision (fidelity) and recall (diversity), and beside what real pictures score under the same judge and
 sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
+    python evaluate.py --data fashion                                      what is shipped: base, ADT, ADD
     python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50                      Read next: notebooks/
 """
 
@@ -20,7 +21,8 @@ import models
 import sampler
 
 
-BASE_ROWS = [(1, {}), (4, {}), (10, {})]                     # (steps, sampler settings) where none are said
+SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
+BASE_ROWS = [(1, {}), (4, {}), (10, {}), (25, {})]           # (steps, sampler settings) where none are said
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -182,14 +184,19 @@ def curves(log, path):
 # ------------------------------------------------------------------------------------------ the command line
 
 def locate(name, dataset):
-    """'base', a run folder or a weights file -> (group, denoiser, data set, weights folder of its
-    judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share their group."""
-    if name == "base":
-        dataset = dataset or "glyphs"
-        return "base", models.build("tiny", Path(dataset).name), dataset, None, BASE_ROWS
+    """A shipped model's name, a run folder or a weights file -> (group, denoiser, data set, weights folder of
+    its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share their group."""
     path, weights = Path(name), None
+    if name in SHIPPED:
+        dataset = dataset or "glyphs"
+        path = models.find(SHIPPED[name], Path(dataset).name)
+        if not path.is_file():
+            raise FileNotFoundError(f"no '{name}' is shipped for the data set '{dataset}'")
+        model = models.build("tiny", dataset, path)
+        return name, model, dataset, None, model.facts.get("rows", BASE_ROWS)
     if not path.exists():
-        raise FileNotFoundError(f"{name}: wanted 'base', a run folder or a weights file, found nothing there")
+        raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
+                                "found nothing there")
     model = models.build("tiny", dataset, name)
     group, plan = str(path), path / "config.json"
     if plan.is_file():
@@ -232,7 +239,8 @@ def gather(rows):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
                                      allow_abbrev=False)
-    parser.add_argument("models", nargs="*", default=["base"], help="'base', run folders, weights files")
+    parser.add_argument("models", nargs="*", help=f"{', '.join(SHIPPED)} (shipped; default: all that are), "
+                                                  "run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
     parser.add_argument("--steps", help="sampler steps, e.g. 1,2,4,10,50 (default: those of each model)")
     parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
@@ -253,10 +261,11 @@ def main(argv=None):
     try:
         if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
             raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
-        located = {name: locate(name, a.data) for name in a.models if name != "base"}
-        if "base" in a.models:                               # of the data set that the others are of
-            located["base"] = locate("base", next((one[2] for one in located.values()), a.data))
-        found = [located[name] for name in dict.fromkeys(a.models)]
+        located = {name: locate(name, a.data) for name in a.models if name not in SHIPPED}
+        dataset = next((one[2] for one in located.values()), a.data or "glyphs")     # the shipped ones follow
+        names = a.models or [name for name in SHIPPED
+                             if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
+        found = [located.get(name) or locate(name, dataset) for name in dict.fromkeys(names)]
         if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
             raise ValueError("these models belong to different data sets; "
                              "measure them one data set at a time")

@@ -30,7 +30,18 @@ class Row:
     said: str = ""
 
 
-PATHS = [(4, {}), (10, {}), (20, {}), (10, {"shift": 3.}), (10, {"fresh": .5}), (10, {"guidance": 2.})]
+@dataclass
+class Study:
+    """A table. A way to sample is (steps, sampler settings); a run's own, unless `at` says others."""
+    rows: list
+    base: list                                               # the ways in which the base is measured
+    at: list | None = None                                   # every run
+    also: list = field(default_factory=list)                 # the first seed's runs
+    seeds: int = 1
+
+
+TEN = [(10, {})]
+OTHER_PATHS = [(4, {}), (20, {}), (10, {"shift": 3.}), (10, {"fresh": .5}), (10, {"guidance": 2.})]
 
 # beside each row the paper's own figures: COCO, one student step, FID (less is better) / CLIP score (more is)
 TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
@@ -54,13 +65,14 @@ TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
     ("distance: L1", ["distance=l1"], ""),
     ("distance: pseudo-Huber", ["distance=huber"], "")]]
 
-# name: (measured at [(steps, sampler settings)], of the base [(…)], rows); None: as each model is used
 STUDIES = {
-    "adt": (PATHS, [*PATHS, (50, {}), (50, {"guidance": 2.})], [
-        Row("diffusion loss alone", method="diffusion", steps=2500),
+    "adt": Study([
+        Row("diffusion loss alone, as many minutes", method="diffusion", steps=2500),
         Row("ADT, siamese"),
-        Row("ADT, unpaired (projected)", ["variant=projected", "lambda_adv=0.1"])]),
-    "adt-ablations": ([(10, {})], [(10, {})], [
+        Row("ADT, unpaired (projected)", ["variant=projected", "lambda_adv=0.1"]),
+        Row("ADT, siamese, three times as long", steps=1500)],
+        base=[*TEN, *OTHER_PATHS, (50, {}), (50, {"guidance": 2.})], at=TEN, also=OTHER_PATHS, seeds=3),
+    "adt-ablations": Study([
         Row("ADT, as it is"),
         Row("no diffusion loss", ["lambda_diff=0"]),
         Row("unpaired discriminator", ["variant=projected", "lambda_adv=0.1"]),
@@ -71,9 +83,10 @@ STUDIES = {
         Row("K = 5", ["train_steps=5"]),
         Row("K = all", ["pick=all"]),
         Row("last K = 2", ["pick=last"]),
-        Row("no augmentation", ["augment=0"])]),
-    "add": (None, [(n, {}) for n in (1, 2, 4, 8, 25, 50)], [Row("ADD student", method="add")]),
-    "add-table1": (None, [(1, {}), (25, {})], TABLE_1),
+        Row("no augmentation", ["augment=0"])],
+        base=TEN, at=TEN),
+    "add": Study([Row("ADD student", method="add")], base=[(n, {}) for n in (1, 2, 4, 8, 25, 50)], seeds=3),
+    "add-table1": Study(TABLE_1, base=[(1, {}), (25, {})]),
 }
 
 
@@ -119,7 +132,7 @@ def parse(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
-    parser.add_argument("--seeds", type=int, help="runs per row (default: 3, of ablations 1)")
+    parser.add_argument("--seeds", type=int, help="runs per row (default: the study's, 1 or 3)")
     parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
     parser.add_argument("--samples", type=int, default=train.SAMPLES, help="pictures per figure")
     parser.add_argument("--out", default="runs", help="where the runs are kept")
@@ -128,8 +141,7 @@ def parse(argv=None):
 
 def main(argv=None):
     parser, a = parse(argv)
-    at, base_at, rows = STUDIES[a.study]
-    seeds, folder, lines = a.seeds or (3 if a.study in ("adt", "add") else 1), Path(a.out), []
+    plan, folder, lines = STUDIES[a.study], Path(a.out), []
     try:
         source = data.build(a.data)
         examiner = evaluate.Examiner(source, a.samples)
@@ -138,14 +150,15 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"study.py: {error}\n")
     said = {}
-    for way, figures in measured(base, base_at, examiner, folder / f"base-{source.name}.json"):
+    for way, figures in measured(base, plan.base, examiner, folder / f"base-{source.name}.json"):
         lines.append((f"base, {way}", figures))
-    for seed in range(seeds):
-        for row in rows:
+    for seed in range(a.seeds or plan.seeds):
+        for row in plan.rows:
             out = trained(row, a.data, seed, a.steps, folder)
             model = models.build("tiny", source.name, out)
             minutes = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seconds"] / 60
-            for way, figures in measured(model, at or model.facts["rows"], examiner, out / "measured.json"):
+            ways = [*(plan.at or model.facts["rows"]), *(plan.also if seed == 0 else [])]
+            for way, figures in measured(model, ways, examiner, out / "measured.json"):
                 lines.append((f"{row.label}, {way}", {**figures, "minutes": minutes}))
                 said[lines[-1][0]] = row.said
     lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)

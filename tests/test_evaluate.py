@@ -1,5 +1,7 @@
 """Distances against closed forms, and the examiner against pictures whose quality is known."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -79,9 +81,24 @@ def test_few_samples_are_refused(glyphs):
         evaluate.Examiner(glyphs, 50)
 
 
+def test_without_names_everything_shipped_is_drawn_the_way_it_is_used(tmp_path, monkeypatch):
+    (tmp_path / "glyphs").mkdir()
+    shutil.copy(models.WEIGHTS / "glyphs" / "denoiser.safetensors", tmp_path / "glyphs")
+    student = models.build("tiny", "glyphs")
+    models.save(student, tmp_path / "glyphs" / "add.safetensors", words=student.words, target=student.target,
+                data="glyphs", rows=[(2, {"fresh": 1., "last": .9})])
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    shown = []
+    monkeypatch.setattr(evaluate, "picture", lambda rows, *_, **__: shown.extend(label for label, _ in rows))
+    evaluate.main(["--prompt", "a red umbrella"])
+    assert shown[-1] == "add, 2 steps" and all(label.startswith("base, ") for label in shown[:-1])
+    with pytest.raises(SystemExit):
+        evaluate.main(["adt", "--prompt", "a red umbrella"])
+
+
 @pytest.mark.parametrize("arguments,sentence", [
     (["nowhere"], "found nothing there"),
-    (["base", "--data", "cats"], "cats"),
+    (["base", "--data", "cats"], "no 'base' is shipped for the data set 'cats'"),
     ([str(models.WEIGHTS / name / "denoiser.safetensors") for name in ("glyphs", "fashion")],
      "different data sets"),
     (["base", "--data", "glyphs", "--prompt", "a zebra"], "'zebra'"),
