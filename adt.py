@@ -52,12 +52,13 @@ class Config:
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
+    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 1
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
 
     def __post_init__(self):
-        if min(self.batch, self.path_steps, self.train_steps) < 1:
-            raise ValueError("batch, path_steps and train_steps are 1 or more")
+        if min(self.batch, self.path_steps, self.train_steps, self.steps_d) < 1:
+            raise ValueError("batch, path_steps, train_steps and steps_d are 1 or more")
         shares = self.ema, self.beta1, self.beta1_d, self.leak, self.drop_caption, self.augment
         if max(shares) > 1 or self.ema == 1:
             raise ValueError("ema, beta1, beta1_d, leak, drop_caption and augment are shares between 0 and 1")

@@ -121,16 +121,8 @@ class Run:
         # the discriminator learns, the generator's picture is only data
         if fake is not None:
             self.critic.requires_grad_(True).train()
-            with models.half_precision():
-                terms, real, made = self.module.discriminator_loss(self.critic, batch, fake, known, config)
-            self.opt_d.zero_grad()
-            sum(terms.values()).backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, config.clip_d or float("inf"))
-            judged = {**{name: term.item() for name, term in terms.items()}, "|grad D|": float(norm)}
-            self.finite(judged)
-            self.opt_d.step()
-            seen |= {**judged, "D right on real": (real > 0).float().mean().item(),
-                     "D right on fake": (made < 0).float().mean().item()}
+            for _ in range(config.steps_d):                  # the same pictures, augmented anew
+                seen |= self.sharpen(batch, fake, known)
         self.done += 1
         return seen
 
@@ -154,6 +146,19 @@ class Run:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), self.weights, 1 - decay)
         return seen
+
+    def sharpen(self, batch, fake, known):
+        """One step of the discriminator -> its losses, its gradient's norm, how often it was right."""
+        with models.half_precision():
+            terms, real, made = self.module.discriminator_loss(self.critic, batch, fake, known, self.config)
+        self.opt_d.zero_grad()
+        sum(terms.values()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, self.config.clip_d or float("inf"))
+        seen = {**{name: term.item() for name, term in terms.items()}, "|grad D|": float(norm)}
+        self.finite(seen)
+        self.opt_d.step()
+        return {**seen, "D right on real": (real > 0).float().mean().item(),
+                "D right on fake": (made < 0).float().mean().item()}
 
     def finite(self, figures):
         """Stop before a NaN reaches the weights."""

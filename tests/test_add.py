@@ -246,6 +246,20 @@ def test_r1_acts_on_logits_of_convincing_pictures_and_stops_at_the_heads(world):
     assert all(head.enter.parametrizations.weight.original.grad.abs().sum() > 0 for head in critic.heads)
 
 
+def test_r1_on_a_share_of_the_batch_has_the_mean_of_the_whole(world):
+    """Each quarter is a sample of the batch: the mean over all quarters is the penalty of the whole."""
+    _, _, critic, batch = world
+    def penalty(order, share):
+        config = add.Config(gamma=1., condition="none", augment=0., share_r1=share)
+        shown = data.Batch(*(field[order] if torch.is_tensor(field) else field for field in
+                             (batch.image, batch.caption, batch.truth, batch.named)))
+        return add.discriminator_loss(plain, shown, torch.zeros_like(batch.image), None, config)[0]["R1"].item()
+    plain = add.Config(condition="none").critic(critic.features, 128).eval()
+    parts = [penalty(torch.arange(4).roll(-i), .25) for i in range(4)]
+    assert max(parts) > 1.01 * min(parts)
+    assert sum(parts) / 4 == pytest.approx(penalty(torch.arange(4), 1.), rel=1e-3)
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_what_the_discriminator_may_know_changes_its_verdict(world, condition):
     model, _, critic, batch = world

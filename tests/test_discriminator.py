@@ -262,6 +262,15 @@ def test_a_pair_shares_its_geometry_and_not_its_colours():
     assert len({tuple(p.nonzero()[0].tolist()) for p in place(one)}) > 5      # and the draws differ
 
 
+@pytest.mark.parametrize("strength", [.1, .5, 1.])
+def test_however_weak_the_augmentation_hides_which_pixels_are_even(strength):
+    image = torch.full((2000, 3, 32, 32), -1.)
+    image[:, :, :, 15] = 1.
+    shifted = discriminator.augment(image, discriminator.geometry(2000), strength, cutout=False)
+    column = shifted.mean((1, 2)).argmax(1)
+    assert abs((column % 2).float().mean().item() - .5) < .06
+
+
 @pytest.mark.parametrize("which", ["vit", "cnn", "random"])
 def test_any_eyes_fit_any_discriminator(which):
     """Frozen all the same, and the gradient reaches the picture through them."""
