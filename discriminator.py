@@ -184,18 +184,21 @@ def augment(image, draw, strength=1.0, cutout=True):
     the identity at strength 0.
     image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do
     not line up; colours are drawn here, anew for every call, so that 'identical pixels' is not what makes a
-    pair real."""
+    pair real.
+
+    Ours: each channel has a brightness of its own, and shifts are odd as often as even, however weak. A tint,
+    and a 2x2 pattern where a network paints 2x2 pixels at once, are one bias away, for all pictures together:
+    who can see their sign fights for them to and fro, with gradients that drown all others."""
     n, _, h, w = image.shape
-    u = (torch.rand(3, n, 1, 1, 1, device=image.device) * 2 - 1) * strength
-    image = image + .4 * u[0]                                                 # brightness
+    tint, saturation, contrast = (((torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) * strength)
+                                  for channels in (3, 1, 1))
+    image = image + .4 * tint
     grey = image.mean(1, keepdim=True)
-    image = grey + (image - grey) * (1 + u[1])                                # saturation, 0 … 2
+    image = grey + (image - grey) * (1 + saturation)                          # 0 … 2
     level = image.mean((1, 2, 3), keepdim=True)
-    image = level + (image - level) * (1 + .5 * u[2])                         # contrast, 0.5 … 1.5
-    # whole pixels, and odd as often as even: a network that paints 2x2 pixels at once soon has a 2x2 pattern.
-    # A discriminator that knows where pixels lie chases its sign for ever; one that does not wants it gone
+    image = level + (image - level) * (1 + .5 * contrast)                     # 0.5 … 1.5
     reach = torch.tensor([w, h], device=image.device) / 8 * strength
-    shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()
+    shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()         # whole pixels
     theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
     theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)
     grid = F.affine_grid(theta, image.shape, align_corners=False)

@@ -271,6 +271,14 @@ def test_however_weak_the_augmentation_hides_which_pixels_are_even(strength):
     assert abs((column % 2).float().mean().item() - .5) < .06
 
 
+def test_a_weak_tint_is_hidden_too():
+    """Grey pictures, augmented: the spread between their channels is as wide as the draw, and has no sign."""
+    grey = torch.zeros(4000, 3, 8, 8)
+    tint = discriminator.augment(grey, discriminator.geometry(4000), .1, cutout=False).mean((2, 3))
+    tint = tint[:, 0] - tint[:, 1]
+    assert tint.std() > .02 and abs(tint.mean()) < 4 * tint.std() / 4000 ** .5
+
+
 @pytest.mark.parametrize("which", ["vit", "cnn", "random"])
 def test_any_eyes_fit_any_discriminator(which):
     """Frozen all the same, and the gradient reaches the picture through them."""
