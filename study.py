@@ -85,7 +85,10 @@ STUDIES = {
         Row("last K = 2", ["pick=last"]),
         Row("no augmentation", ["augment=0"])],
         base=TEN, at=TEN),
-    "add": Study([Row("ADD student", method="add")], base=[(n, {}) for n in (1, 2, 4, 8, 25, 50)], seeds=3),
+    "add": Study([
+        Row("ADD student, the default command", method="add"),
+        Row("ADD student, trained for longer", method="add", steps=1500)],
+        base=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base=[(1, {}), (25, {})]),
 }
 

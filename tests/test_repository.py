@@ -76,7 +76,8 @@ SHRINK = {"adt.py": [('pictures per step"] = 32', 'pictures per step"] = 2'),
           "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("for row in plan.rows:", "for row in plan.rows[::4]:"),
                        ("steps=1500", "steps=2"), ("(20, {}), ", ""),
-                       ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("25, 50)", "25)")],
+                       ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("8, 25, 50)", "8)"),
+                       ('(25, {"guidance": 2.})', "(2, {})"), ("(25, {})", "(3, {})")],
           "pretrain.py": [(r"Recipe\(\d+, \d+,", "Recipe(1, 2,")]}
 
 
