@@ -28,7 +28,7 @@ import models
 import sampler
 
 # name: the module, the settings that make the method, the default length of a run
-METHODS = {"adt": (adt, {}, 500), "add": (add, {}, 600), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
+METHODS = {"adt": (adt, {}, 500), "add": (add, {}, 450), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
 SAMPLES = 2000                                               # pictures that a run is examined on
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
@@ -346,7 +346,8 @@ def main(argv=None):
         parser.exit(2, f"train.py: {error}\n")
     captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
     rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
-    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name, "rows": rows}
+    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name, "rows": rows,
+             **{key: plan[key] for key in ("method", "set", "seed")}}
     steps, settings = rows[0]
     try:
         loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))

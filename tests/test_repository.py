@@ -71,7 +71,7 @@ def test_weights_fit_their_budget():
 
 SHRINK = {"adt.py": [('pictures per step"] = 32', 'pictures per step"] = 2'),
                      ('that training runs"] = 10', 'that training runs"] = 2')],
-          "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 600)", ", 2)")],
+          "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 450)", ", 2)")],
           "evaluate.py": [("default=2000", "default=200")],
           "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("for row in plan.rows:", "for row in plan.rows[::4]:"),
