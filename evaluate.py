@@ -185,7 +185,7 @@ def curves(log, path):
 
 def locate(name, dataset):
     """A shipped model's name, a run folder or a weights file -> (group, denoiser, data set, weights folder of
-    its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share their group."""
+    its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share a group."""
     path, weights = Path(name), None
     if name in SHIPPED:
         dataset = dataset or "glyphs"
