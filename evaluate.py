@@ -188,7 +188,6 @@ def locate(name, dataset):
     its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share a group."""
     path, weights = Path(name), None
     if name in SHIPPED:
-        dataset = dataset or "glyphs"
         path = models.find(SHIPPED[name], Path(dataset).name)
         if not path.is_file():
             raise FileNotFoundError(f"no '{name}' is shipped for the data set '{dataset}'")
