@@ -8,6 +8,7 @@ Read next: evaluate.py
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -84,13 +85,19 @@ def gradient_norm(parameters, before=None):
     return float(torch.stack([(g - b if before else g).norm() for g, b in zip(now, before or now)]).norm())
 
 
+def dice(*words):
+    """A random seed from the run's seed, the step and a purpose: whatever is drawn in a step follows from its
+    number, so that a run goes on where it stopped with nothing to remember."""
+    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8])
+
+
 class Run:
     """What a run owns; `step` is the algorithm."""
 
-    def __init__(self, model, teacher, critic, module, config, source, steps):
+    def __init__(self, model, teacher, critic, module, config, source, steps, seed=0):
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
-        self.source, self.steps, self.done = source, steps, 0
+        self.source, self.steps, self.done, self.seed = source, steps, 0, seed
         self.warmup = min(config.warmup_d, steps // 4)
         self.average = deepcopy(model.network).requires_grad_(False)
         self.weights = list(model.network.parameters())
@@ -102,7 +109,9 @@ class Run:
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
         config, seen = self.config, {}
-        batch = self.source.batch(config.batch)
+        batch = self.source.batch(config.batch,
+                                  torch.Generator().manual_seed(dice(self.seed, self.done, "data")))
+        torch.manual_seed(dice(self.seed, self.done, "noise"))
         for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
             for group in optimiser.param_groups:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
@@ -174,12 +183,11 @@ class Run:
     def state(self):
         """Everything the next step depends on."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
-        return {**state, "rng": torch.get_rng_state(), "done": self.done}
+        return {**state, "done": self.done}
 
     def restore(self, state):
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
         self.done = state["done"]
 
     def result(self):
@@ -299,7 +307,7 @@ def prepare(arguments):
     if config.init == "random":
         model.forget()
     run = Run(model, base, config.critic(features, text_width), METHODS[plan["method"]][0], config, source,
-              plan["steps"])
+              plan["steps"], plan["seed"])
     if arguments.resume:
         try:
             run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
