@@ -48,7 +48,8 @@ class Config:
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
     # the optimisers
-    batch: Annotated[int, "ours: pictures per step"] = 32
+    batch: Annotated[int, "ours: pictures per micro-batch"] = 32
+    accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, student"] = 1e-4
     beta1: Annotated[float, "ours: no momentum in the student: the game would circle"] = 0.0
     lr_d: Annotated[float, "ours: AdamW, heads"] = 5e-3
@@ -60,8 +61,9 @@ class Config:
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 0
 
     def __post_init__(self):
-        if min(self.batch, self.student_steps, self.teacher_steps, self.steps_d) < 1:
-            raise ValueError("batch, student_steps, teacher_steps and steps_d are 1 or more")
+        for name in ("batch", "accumulate", "student_steps", "teacher_steps", "steps_d"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more")
         for name in ("ema", "beta1", "beta1_d", "augment", "terminal", "own", "fresh", "share_r1"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is a share, 0 to 1")
@@ -113,7 +115,8 @@ def leap(model, x0, cond, config):
             sampler.few_step(model, torch.randn_like(x0[own]), times[:-1],
                              {k: v[own] for k, v in cond.items()}, config.fresh,
                              visit=lambda i, x: leaps.append(x))
-        x0 = x0.index_copy(0, own, torch.stack(leaps)[stop[own] - 1, torch.arange(len(own))])
+        landed = torch.stack(leaps)                          # (n - 1, B', C, h, w)
+        x0 = x0.index_copy(0, own, landed[stop[own] - 1, torch.arange(len(own), device=own.device)])
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
     return model.split(x_s, model.predict(x_s, s, cond), s)[0], terminal.index_fill(0, own, True)

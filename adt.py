@@ -45,7 +45,8 @@ class Config:
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
     # the optimisers
     init: Annotated[Literal["base", "random"], "paper: tuning starts from a trained model"] = "base"
-    batch: Annotated[int, "ours: pictures per step"] = 32
+    batch: Annotated[int, "ours: pictures per micro-batch"] = 32
+    accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
     beta1: Annotated[float, "ours: momentum of the generator"] = 0.9
     lr_d: Annotated[float, "ours: AdamW, discriminator"] = 1e-3
@@ -57,11 +58,14 @@ class Config:
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
 
     def __post_init__(self):
-        if min(self.batch, self.path_steps, self.train_steps, self.steps_d) < 1:
-            raise ValueError("batch, path_steps, train_steps and steps_d are 1 or more")
-        shares = self.ema, self.beta1, self.beta1_d, self.leak, self.drop_caption, self.augment
-        if max(shares) > 1 or self.ema == 1:
-            raise ValueError("ema, beta1, beta1_d, leak, drop_caption and augment are shares between 0 and 1")
+        for name in ("batch", "accumulate", "path_steps", "train_steps", "steps_d"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is 1 or more")
+        for name in ("ema", "beta1", "beta1_d", "leak", "drop_caption", "augment"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is a share, 0 to 1")
+        if self.ema == 1:
+            raise ValueError("ema is below 1: an average that never moves learns nothing")
         if self.lambda_adv == 0:
             self.warmup_d = 0                                # there is no adversary to wait for
 

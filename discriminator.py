@@ -10,6 +10,8 @@ Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its w
 it is shown; the generator's gradient flows through it all the same.               Read next: adt.py
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -63,7 +65,7 @@ class Head(nn.Module):
 
     def __init__(self, width_in, width, out, stride=1, spectral=False):
         super().__init__()
-        tame = spectral_norm if spectral else nn.Identity()
+        tame = partial(spectral_norm, n_power_iterations=2) if spectral else nn.Identity()
         self.stride = stride
         self.enter = tame(nn.Conv2d(width_in, width, 1))
         self.mix = tame(nn.Conv2d(width, width, 3, stride, padding=1))
@@ -159,6 +161,16 @@ class Projected(nn.Module):
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
         return logits - self.score(real, known)
+
+
+def tighten(critic):
+    """Let every spectral norm follow its weight, once for all micro-batches of a step: between two calls the
+    critic, in eval mode, is one and the same function, however many pictures it is shown."""
+    critic.train()
+    for module in critic.modules():
+        if hasattr(module, "parametrizations"):
+            module.weight                                    # to look at it is to iterate
+    critic.eval()
 
 
 # ------------------------------------------------------------------------------- differentiable augmentation

@@ -1,4 +1,4 @@
-"""What a denoiser is, in one contract, and the small networks of the embedded world.
+"""What a denoiser is, in one contract, and who fulfils it.
 
 Every diffusion model here, whatever its family, is asked one thing: given x_t = alpha x0 + sigma eps, output
 y = a x0 + b eps with known (a, b). Two linear equations, two unknowns: solving them gives back (x0, eps), and
@@ -11,13 +11,16 @@ flows.
 Time runs one way everywhere: index 0 is the cleanest step, T-1 the noisiest.        Read next: sampler.py
 """
 
+import copy
 import json
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from torch.utils.checkpoint import checkpoint as recompute
+
+import networks
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -92,6 +95,12 @@ class Denoiser(nn.Module):
         y_u, y_c = self.output(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return y_u + guidance * (y_c - y_u)
 
+    def twin(self):
+        """The same model with a network of its own, frozen: what it is now, kept."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "network": copy.deepcopy(self.network)}
+        return other.eval().requires_grad_(False)
+
     def forget(self):
         """Give the network fresh random weights."""
         raise NotImplementedError
@@ -126,150 +135,6 @@ def tables(target, steps=1000):
     return 1 - time, time, time
 
 
-# ------------------------------------------------------------------------------- the tiny text-to-image model
-
-class Attention(nn.Module):
-    """Pre-norm attention with a residual: of x on itself, or on `context` where one is given."""
-
-    def __init__(self, width, heads=4, context=None):
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(context or width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x, context=None, mask=None):
-        """x (B, N, D), context (B, M, C), mask (B, M) bool, True where there is a token -> (B, N, D)."""
-        h = self.norm(x)
-        q, k, v = self.q(h), *self.kv(h if context is None else context).chunk(2, -1)
-        q, k, v = (rearrange(z, "b n (h d) -> b h n d", h=self.heads) for z in (q, k, v))
-        score = q @ k.transpose(-1, -2) * q.shape[-1] ** -.5                  # (B, heads, N, M)
-        if mask is not None:
-            score = score.masked_fill(~mask[:, None, None], float("-inf"))
-        h = score.softmax(-1).to(v.dtype) @ v                           # on a CPU this beats the fused kernel
-        return x + self.out(rearrange(h, "b h n d -> b n (h d)"))
-
-
-class Transformer(nn.Module):
-    """One block: attention, then a two-layer perceptron, each with its residual."""
-
-    def __init__(self, width, context=None, expand=4):
-        super().__init__()
-        self.attend = Attention(width)
-        self.read = Attention(width, context=context) if context else None
-        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, expand * width), nn.GELU(),
-                                   nn.Linear(expand * width, width))
-
-    def forward(self, x, mask=None, context=None):
-        x = self.attend(x, mask=mask if context is None else None)
-        if self.read is not None:
-            x = self.read(x, context, mask)
-        return x + self.think(x)
-
-
-class TinyText(nn.Module):
-    """Words -> token states. One embedding per word of a closed vocabulary, two transformer blocks."""
-
-    def __init__(self, words, width=128, length=16):
-        super().__init__()
-        self.index = {w: i + 2 for i, w in enumerate(words)}                  # 0 pads, 1 opens every caption
-        self.length = length
-        self.embed = nn.Embedding(len(words) + 2, width)
-        self.position = nn.Parameter(torch.randn(length, width) * .02)
-        self.blocks = nn.ModuleList(Transformer(width) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-
-    def tokens(self, captions):
-        """B strings -> (B, length) word numbers.
-        An unknown word is an error that names its nearest relatives."""
-        import difflib
-        rows = []
-        for caption in captions:
-            words = caption.lower().split()
-            for word in words:
-                if word not in self.index:
-                    near = difflib.get_close_matches(word, self.index, 4, .5) or sorted(self.index)[:8]
-                    raise ValueError(f"the tiny text encoder does not know the word '{word}' "
-                                     f"(in '{caption[:80]}'): it knows {len(self.index)} words, "
-                                     f"the nearest {', '.join(near)}")
-            if len(words) >= self.length:
-                raise ValueError(f"a caption may have {self.length - 1} words at most, not {len(words)}: "
-                                 f"'{caption[:80]}'")
-            rows.append([1] + [self.index[w] for w in words] + [0] * (self.length - 1 - len(words)))
-        return torch.tensor(rows, device=self.embed.weight.device)
-
-    def forward(self, captions):
-        tokens = self.tokens(captions)
-        mask = tokens > 0                                                     # (B, L)
-        x = self.embed(tokens) + self.position
-        for block in self.blocks:
-            x = block(x, mask)
-        x = self.norm(x)                                                      # (B, L, D)
-        pooled = (x * mask[..., None]).sum(1)                            # (B, D), the mean but for its length
-        return {"text": x, "mask": mask, "pooled": F.layer_norm(pooled.float(), pooled.shape[1:])}
-
-
-class Residual(nn.Module):
-    """Two convolutions; time and caption scale and shift what lies between them (adaptive group norm)."""
-
-    def __init__(self, width_in, width, embedding):
-        super().__init__()
-        self.before = nn.Sequential(nn.GroupNorm(8, width_in), nn.SiLU(),
-                                    nn.Conv2d(width_in, width, 3, padding=1))
-        self.norm, self.modulate = nn.GroupNorm(8, width), nn.Linear(embedding, 2 * width)
-        self.after = nn.Sequential(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-        self.skip = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
-        nn.init.zeros_(self.after[1].weight)                              # every block starts as the identity
-        nn.init.zeros_(self.after[1].bias)
-
-    def forward(self, x, embedding):
-        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
-        return self.skip(x) + self.after(self.norm(self.before(x)) * (1 + scale) + shift)
-
-
-class TinyUNet(nn.Module):
-    """(B, 12, 16, 16) -> the same: two levels, like SD's U-Net in small. 64 channels at 16x16; at 8x8 wider,
-    with transformer blocks that read the caption's tokens. Two helps for so shallow a network when all it
-    sees is noise: learned positions say where it is, a sketch straight from the caption what to look for."""
-
-    def __init__(self, channels=12, width=64, deep=160, context=128, embedding=256):
-        super().__init__()
-        self.time = nn.Sequential(nn.Linear(128, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.pooled = nn.Linear(context, embedding)
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.where = nn.Parameter(torch.randn(width, 16, 16) * .2)
-        self.where_deep = nn.Parameter(torch.randn(deep, 8, 8) * .2)
-        self.down = nn.ModuleList(Residual(width, width, embedding) for _ in range(2))
-        self.shrink = nn.Conv2d(width, deep, 3, stride=2, padding=1)
-        self.sketch = nn.Sequential(nn.Linear(context, 128), nn.GELU(), nn.Linear(128, 16 * 64))
-        self.ink = nn.Conv2d(16, deep, 1)
-        self.middle = nn.ModuleList(Residual(deep, deep, embedding) for _ in range(4))
-        self.attention = nn.ModuleList(Transformer(deep, context, 2) for _ in range(2))
-        self.grow = nn.Conv2d(deep, width, 3, padding=1)
-        self.up = nn.ModuleList(Residual(2 * width, width, embedding) for _ in range(2))
-        self.leave = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(),
-                                   nn.Conv2d(width, channels, 3, padding=1))
-
-    def forward(self, x, time, text, mask, pooled):
-        frequency = torch.exp(torch.linspace(0, 6.9, 64, device=x.device))   # 1 … 1000 radians over time 0..1
-        angle = time[:, None].float() * frequency
-        e = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], 1)) + self.pooled(pooled))
-        x = self.enter(x) + self.where                                        # (B, 64, 16, 16)
-        skips = []
-        for block in self.down:
-            skips.append(x := block(x, e))
-        x = self.shrink(x) + self.where_deep                                  # (B, 160, 8, 8)
-        x = x + self.ink(self.sketch(pooled).view(-1, 16, 8, 8))
-        for i, block in enumerate(self.middle):
-            x = block(x, e)
-            if i % 2:
-                tokens = self.attention[i // 2](rearrange(x, "b c h w -> b (h w) c"), mask, text)
-                x = rearrange(tokens, "b (h w) c -> b c h w", h=8)
-        x = self.grow(F.interpolate(x, scale_factor=2.0))                     # (B, 64, 16, 16)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], 1), e)
-        return self.leave(x)
-
-
 class TinyDenoiser(Denoiser):
     """4.2 M parameters that draw 32x32 pictures from captions. Its 'VAE' is pixel-unshuffle: exactly
     invertible, so the latent path of the real models is exercised at no cost.
@@ -292,11 +157,11 @@ class TinyDenoiser(Denoiser):
         for name, table in (("skip", skip), ("gain", gain), ("scale", variance.sqrt())):
             self.register_buffer(name, table, persistent=False)
         self.words = list(words)
-        self.text = TinyText(self.words)
-        self.network = TinyUNet()
+        self.text = networks.TinyText(self.words)
+        self.network = networks.TinyUNet()
 
     def forget(self):
-        self.network = TinyUNet()
+        self.network = networks.TinyUNet()
 
     def output(self, x, time, cond):
         skip, gain, scale = (self.look_up(table, time * self.T - 1).view(-1, 1, 1, 1)
@@ -313,98 +178,147 @@ class TinyDenoiser(Denoiser):
         return self.text(captions)
 
 
-# ------------------------------------------------------------------ the discriminators' eyes, and the judge's
+# ------------------------------------------------------------------------- Stable Diffusion 1.5, XL and 3
 
-def convolutions(width_in, width):
-    """Two 3x3 convolutions, normalised; the second without its activation."""
-    return nn.Sequential(nn.Conv2d(width_in, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU(),
-                         nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width))
-
-
-class TinyViT(nn.Module):
-    """Stands where DINOv2 stands for real models: a convolutional stem (32x32 and 16x16 pixels), then four
-    transformer blocks over 8x8 tokens and CLS. Trained by pretrain.py to name attributes (CLS) and to repaint
-    hidden 4x4 patches (tokens), so that it knows texture as well as meaning."""
-    layers = 0, 1, 2, 4, 6                     # what discriminators look at: stem, patches, two of the blocks
-
-    def __init__(self, attributes, width=128, depth=4, patch=4, size=32):
-        super().__init__()
-        self.patch = patch
-        self.stem = nn.ModuleList([convolutions(3, 32), convolutions(32, 64)])
-        self.embed = nn.Conv2d(64, width, 1)
-        self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        self.hidden = nn.Parameter(torch.zeros(1, 1, width))
-        self.position = nn.Parameter(torch.randn((size // patch) ** 2, width) * .02)
-        self.blocks = nn.ModuleList(Transformer(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.repaint = nn.Linear(width, 3 * patch * patch)
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in attributes)
-
-    def patches(self, image):
-        """(B, 3, 32, 32) -> (B, 64, 48)."""
-        return rearrange(image, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-
-    def forward(self, image, hide=None):
-        """image (B, 3, 32, 32), hide (B, 64) bool -> maps (B, 32, 32, 32) and (B, 64, 16, 16) of the stem,
-        then (B, 128, 8, 8) of the embedding and of every block before the final norm; and the CLS token
-        (B, 128) that goes with each map, None for the stem's."""
-        if hide is not None:
-            shown = rearrange(~hide, "b (h w) -> b 1 h w", h=image.shape[-2] // self.patch)
-            image = image * F.interpolate(shown.to(image.dtype), scale_factor=self.patch)
-        x, maps = image, []
-        for stage in self.stem:
-            maps.append(stage(x))
-            x = F.max_pool2d(F.gelu(maps[-1]), 2)
-        side = x.shape[-1]
-        x = rearrange(self.embed(x), "b c h w -> b (h w) c")
-        if hide is not None:
-            x = torch.where(hide[..., None], self.hidden.to(x.dtype), x)
-        x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x + self.position.to(x.dtype)], 1)
-        states = [x]                                                          # (B, 1 + 64, D)
-        for block in self.blocks:
-            states.append(x := block(x))
-        maps += [rearrange(s[:, 1:], "b (h w) c -> b c h w", h=side) for s in states]
-        return maps, [None] * len(self.stem) + [s[:, 0] for s in states]
+def schedule(scheduler):
+    """A diffusers scheduler -> target, alpha, sigma and time, from the cleanest step to the noisiest. The
+    sigmas of a flow are read as they were built: set_timesteps would shift them a second time."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        sigma = scheduler.sigmas.double().flip(0)
+        return "flow", 1 - sigma, sigma, sigma * scheduler.config.num_train_timesteps
+    target = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[scheduler.config.prediction_type]
+    product = scheduler.alphas_cumprod.double()
+    return target, product.sqrt(), (1 - product).sqrt(), torch.arange(len(product))
 
 
-class TinyCNN(nn.Module):
-    """Other eyes than TinyViT's, to see what the choice of features is worth: three stages of convolutions
-    (32x32, 16x16, 8x8), trained by pretrain.py to name attributes and nothing else."""
-    layers = 0, 1, 2
+class Latent(Denoiser):
+    """What the three families share: a network and a VAE from a diffusers pipeline, and captions that are
+    encoded once. The pipeline stays outside the module tree, and its text encoders leave when they have read
+    everything (`close`)."""
 
-    def __init__(self, attributes, widths=(32, 64, 128)):
-        super().__init__()
-        self.stages = nn.ModuleList(convolutions(i, o) for i, o in zip((3, *widths), widths))
-        self.norm = nn.LayerNorm(widths[-1])
-        self.heads = nn.ModuleList(nn.Linear(widths[-1], n) for n in attributes)
+    def __init__(self, pipe, size):
+        super().__init__(*schedule(pipe.scheduler))
+        self.part = "transformer" if hasattr(pipe, "transformer") else "unet"
+        self.network, self.vae = getattr(pipe, self.part), pipe.vae
+        self.outside, self.read, self.bare = [pipe], {}, False                # a list hides it from nn.Module
+        self.size, scale = size, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if size % (8 * scale):
+            raise ValueError(f"--size {size}: wanted a multiple of {8 * scale}, for the network halves the "
+                             "latent picture three times")
+        self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
+        self.requires_grad_(False)
+        self.network.requires_grad_(True)
 
-    def forward(self, image):
-        """image (B, 3, H, W) -> its maps, and in CLS's place None, None, the last map's mean."""
-        x, maps = image, []
-        for stage in self.stages:
-            maps.append(stage(x))
-            x = F.max_pool2d(F.gelu(maps[-1]), 2)
-        return maps, [None] * (len(maps) - 1) + [x.mean((2, 3))]
+    def encode(self, image):
+        z = torch.cat([self.vae.encode(one).latent_dist.sample() for one in image.split(1)])
+        return (z.float() - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """One picture at a time, recomputed in the backward pass: the VAE's graph of one picture is alive."""
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return torch.cat([recompute(self.draw, one, use_reentrant=False) for one in z.split(1)]).float()
+
+    def draw(self, z):
+        return self.vae.decode(z).sample
+
+    def adapt(self, rank):
+        """LoRA: the network freezes, low-rank adapters on its attention learn."""
+        from peft import LoraConfig
+        self.network.requires_grad_(False)
+        attention = ["to_q", "to_k", "to_v", "to_out.0",
+                     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                            target_modules=attention))
+
+    def twin(self):
+        if all(weight.requires_grad for weight in self.network.parameters()):
+            return super().twin()
+        other = copy.copy(self)                              # one copy of the weights: itself, adapters off
+        other.bare = True
+        return other
+
+    def output(self, x, time, cond):
+        if self.bare:
+            self.network.disable_adapters()
+        y = self.call(x, time, cond)
+        if self.bare:
+            self.network.enable_adapters()
+        return y
+
+    def call(self, x, time, cond):
+        """`output` of the family."""
+        raise NotImplementedError
+
+    def ask(self, captions):
+        """B strings -> {"text": (B, N, D), "pooled": (B, P)}, by the pipeline's own encode_prompt."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def condition(self, captions):
+        for caption in dict.fromkeys(captions):
+            if caption not in self.read:
+                if not self.outside:
+                    raise ValueError(f"the text encoders are gone and never read '{caption[:80]}'")
+                self.read[caption] = {k: v[0].cpu() for k, v in self.ask([caption]).items()}
+        read = [self.read[caption] for caption in captions]
+        return {key: torch.stack([one[key] for one in read]).to(self.alpha.device) for key in read[0]}
+
+    def forget(self):
+        self.network = type(self.network).from_config(self.network.config)
+
+    def close(self):
+        """Let the text encoders go: what was read stays."""
+        self.outside.clear()
 
 
-class Judge(nn.Module):
-    """A convolutional network that no discriminator ever sees. Its 128 features give the Fréchet distance,
-    its heads read a picture's attributes. It also learned to repaint the picture, at half size, from those
-    128 numbers: a judge that only names things forgets shade, texture and stains. Another architecture,
-    another seed: a judge that shares features with the discriminator is gamed."""
+class SD15(Latent):
+    """Stable Diffusion 1.x: a U-Net that knows integer steps and one CLIP's tokens."""
 
-    def __init__(self, attributes, width=32):
-        super().__init__()
-        def stage(i, o):
-            return nn.Sequential(*convolutions(i, o), nn.GELU(), nn.MaxPool2d(2))
-        self.stages = nn.Sequential(stage(3, width), stage(width, 2 * width), stage(2 * width, 3 * width))
-        self.feature = nn.Sequential(nn.Flatten(), nn.Linear(3 * width * 16, 128), nn.LayerNorm(128))
-        self.heads = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Linear(128, n)) for n in attributes)
+    def ask(self, captions):
+        pipe = self.outside[0]
+        text = pipe.encode_prompt(captions, self.alpha.device, 1, False)[0]               # (B, 77, 768)
+        ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        end = (ids == pipe.tokenizer.eos_token_id).int().argmax(1)            # where CLIP sums up
+        return {"text": text, "pooled": text[torch.arange(len(text)), end]}
 
-    def forward(self, image):
-        """(B, 3, 32, 32) -> features (B, 128), [logits (B, n) per attribute]."""
-        feature = self.feature(self.stages(image))
-        return feature, [head(feature) for head in self.heads]
+    def call(self, x, time, cond):
+        return self.network(x, time, cond["text"]).sample
+
+
+class SDXL(Latent):
+    """Stable Diffusion XL: two CLIPs, and what the picture's size was and where it was cut."""
+
+    def ask(self, captions):
+        pipe = self.outside[0]
+        text, _, pooled, _ = pipe.encode_prompt(captions, device=self.alpha.device,
+                                                do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:         # what it was trained to take for "no caption"
+            said = torch.tensor([bool(c) for c in captions], device=text.device).to(text)
+            text, pooled = text * said[:, None, None], pooled * said[:, None]
+        return {"text": text, "pooled": pooled}
+
+    def call(self, x, time, cond):
+        frame = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=x.device)
+        extra = {"text_embeds": cond["pooled"], "time_ids": frame.expand(len(x), 6)}
+        return self.network(x, time, cond["text"], added_cond_kwargs=extra).sample
+
+
+class SD3(Latent):
+    """Stable Diffusion 3: a transformer on the straight line of rectified flow, two CLIPs and T5."""
+
+    def ask(self, captions):
+        text, _, pooled, _ = self.outside[0].encode_prompt(captions, None, None, device=self.alpha.device,
+                                                           do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def call(self, x, time, cond):
+        return self.network(x, cond["text"], cond["pooled"], time).sample
+
+
+# the adapter, the pipeline's class in diffusers, its public home, pixels
+FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+            "sdxl": (SDXL, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", 1024),
+            "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
 
 
 # --------------------------------------------------------------------------------------- weights and building
@@ -471,21 +385,49 @@ def features(data, weights=None, which="vit"):
     """The discriminators' eyes for a data set: the pretrained TinyViT, the TinyCNN, or a TinyViT that never
     learned anything ("random")."""
     if which == "cnn":
-        return sealed(TinyCNN, find("cnn", data, weights))
-    trained = sealed(TinyViT, find("features", data, weights))
-    return TinyViT([head.out_features for head in trained.heads]) if which == "random" else trained
+        return sealed(networks.TinyCNN, find("cnn", data, weights))
+    trained = sealed(networks.TinyViT, find("features", data, weights))
+    return networks.TinyViT([head.out_features for head in trained.heads]) if which == "random" else trained
 
 
 def judge(data, weights=None):
     """The pretrained Judge of a data set."""
-    return sealed(Judge, find("judge", data, weights))
+    return sealed(networks.Judge, find("judge", data, weights))
+
+
+def pipeline(model, weights=None, size=None):
+    """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
+    is missing, refused or half there is one sentence."""
+    import diffusers
+    adapter, name, home, pixels = FAMILIES[model]
+    source = str(weights or home)
+    index = Path(source) / "model_index.json"
+    if Path(source).exists() and not index.is_file():
+        raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")
+    if index.is_file() and (held := json.loads(index.read_text()).get("_class_name")) != name:
+        raise ValueError(f"--weights {source} holds a {held}: --model {model} wants a {name}")
+    if not index.is_file() and (source.count("/") != 1 or source[0] in "./~"):
+        raise FileNotFoundError(f"--weights {source}: no such folder, and no hub id either (OWNER/NAME)")
+    try:
+        spare = {"safety_checker": None, "requires_safety_checker": False} if model == "sd15" else {}
+        pipe = getattr(diffusers, name).from_pretrained(source, use_safetensors=True, **spare)
+    except Exception as error:                               # hub, disk, JSON, safetensors: each has its own
+        why = str(error).strip().split("\n")[0][:200]
+        what = ("complete it, or copy it again" if index.is_file() else
+                f"accept its licence at https://huggingface.co/{source} and log in (`hf auth login`), "
+                "or name a local diffusers folder with --weights")
+        raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
+    pipe.set_progress_bar_config(disable=True)
+    return adapter(pipe, size or pixels)
 
 
 def build(model, data, weights=None):
     """--model, --data, --weights (a file, a run or a weights folder; default: shipped) -> a Denoiser of which
     `network` alone is trainable, with the `facts` of its file."""
+    if model in FAMILIES:
+        return pipeline(model, weights)
     if model != "tiny":
-        raise ValueError(f"unknown model '{model}': wanted tiny")
+        raise ValueError(f"unknown model '{model}': wanted tiny, {', '.join(FAMILIES)}")
     if weights and not Path(weights).exists():
         raise FileNotFoundError(f"--weights {weights}: no such file or folder")
     path = Path(weights or WEIGHTS / data)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import data
 import losses
 import models
+import networks
 
 
 @dataclass
@@ -103,13 +104,13 @@ def make(which, source, target):
     """-> network, loss, the facts its file carries."""
     classes = [len(v) for v in source.attributes.values()]
     if which == "judge":
-        judge = models.Judge(classes)
+        judge = networks.Judge(classes)
         judge.paint = torch.nn.Linear(128, 3 * 16 * 16)      # scaffold: not part of the file
         return judge, judge_loss, {"attributes": classes}
     if which == "features":
-        return models.TinyViT(classes), features_loss, {"attributes": classes}
+        return networks.TinyViT(classes), features_loss, {"attributes": classes}
     if which == "cnn":
-        return models.TinyCNN(classes), cnn_loss, {"attributes": classes}
+        return networks.TinyCNN(classes), cnn_loss, {"attributes": classes}
     return models.TinyDenoiser(source.words, target), denoiser_loss, {"words": source.words, "target": target}
 
 
@@ -192,7 +193,7 @@ def main(argv=None):
                                                                 or (out / f"{which}.state").exists()):
                 raise ValueError(f"{out} holds a finished {which} already: --overwrite replaces it, "
                                  "--out names another folder")
-        models.TinyText(source.words).tokens(source.phrases)                  # no caption may be too long
+        networks.TinyText(source.words).tokens(source.phrases)                  # no caption may be too long
         out.mkdir(parents=True, exist_ok=True)
         for which in wanted:
             recipe = deepcopy(RECIPES[which].get(arguments.data, RECIPES[which]["fashion"]))

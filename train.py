@@ -14,7 +14,7 @@ import math
 import pickle
 import time
 import typing
-from copy import deepcopy
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -79,16 +79,10 @@ def provenance(config):
 
 # ------------------------------------------------------------------------------------------------- the loop
 
-def gradient_norm(parameters, before=None):
-    """Norm of all gradients, less what was there `before` (so that each loss term gets its own figure)."""
-    now = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.stack([(g - b if before else g).norm() for g, b in zip(now, before or now)]).norm())
-
-
-def dice(*words):
-    """A random seed from the run's seed, the step and a purpose: whatever is drawn in a step follows from its
-    number, so that a run goes on where it stopped with nothing to remember."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8])
+def gradient_norm(weights, before):
+    """Norm of what was added to the gradients since `before`: one loss term's own."""
+    pairs = [(w.grad, b) for w, b in zip(weights, before) if w.grad is not None]
+    return float(torch.stack([(now - then).norm() for now, then in pairs]).norm())
 
 
 class Run:
@@ -99,8 +93,10 @@ class Run:
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
         self.warmup = min(config.warmup_d, steps // 4)
-        self.average = deepcopy(model.network).requires_grad_(False)
-        self.weights = list(model.network.parameters())
+        self.shards = range(config.accumulate)
+        self.total = config.accumulate
+        self.weights = [w for w in model.network.parameters() if w.requires_grad]
+        self.average = [w.detach().clone() for w in self.weights]
         self.critic_weights = list(critic.parameters())
         self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(config.beta1, .999), weight_decay=0.)
         self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
@@ -108,66 +104,84 @@ class Run:
 
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
-        config, seen = self.config, {}
-        batch = self.source.batch(config.batch,
-                                  torch.Generator().manual_seed(dice(self.seed, self.done, "data")))
-        torch.manual_seed(dice(self.seed, self.done, "noise"))
+        config = self.config
         for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
             for group in optimiser.param_groups:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
+        batches = [self.source.batch(config.batch, torch.Generator().manual_seed(self.dice(shard, "data")))
+                   for shard in self.shards]
 
         # the generator learns, the discriminator watches
         learns = self.done >= self.warmup                    # who knows nothing teaches nothing
         self.critic.requires_grad_(False).eval()             # eval: not even its spectral norms move
-        with models.half_precision(), torch.set_grad_enabled(learns):
-            terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
-                                                            config)
-        seen |= {name: term.item() for name, term in terms.items()}
-        self.finite(seen)
+        self.opt_g.zero_grad()
+        halves = [self.generate(shard, batch, learns) for shard, batch in zip(self.shards, batches)]
+        seen = self.mean([figures for figures, _, _ in halves])
         if learns:
-            seen |= self.improve(terms)
+            seen |= self.improve(self.opt_g, self.weights, config.clip, "|grad|")
+            made = self.done - self.warmup
+            decay = min(config.ema, (made + 1) / (made + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, self.weights, 1 - decay)
 
         # the discriminator learns, the generator's picture is only data
-        if fake is not None:
-            self.critic.requires_grad_(True).train()
-            for _ in range(config.steps_d):                  # the same pictures, augmented anew
-                seen |= self.sharpen(batch, fake, known)
+        if config.lambda_adv:
+            self.critic.requires_grad_(True)
+            for turn in range(config.steps_d):               # the same pictures, augmented anew
+                discriminator.tighten(self.critic)
+                self.opt_d.zero_grad()
+                seen |= self.mean([self.judge(shard, turn, batch, *made)
+                                   for shard, batch, (_, *made) in zip(self.shards, batches, halves)])
+                seen |= self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|")
         self.done += 1
         return seen
 
-    def improve(self, terms):
-        """One step of the generator and of its average -> its gradient's norm, and now and then each term's:
-        terms may share a graph, and taking them one by one walks it more than once."""
-        self.opt_g.zero_grad()
-        before, last, seen = None, list(terms)[-1], {}
-        if (self.done - self.warmup) % MEASURE == 0:
+    def generate(self, shard, batch, learns):
+        """The generator's half, one micro-batch: its gradients -> figures, the picture, and what the
+        discriminator may know. Now and then each term's own norm: terms may share a graph, and taking them
+        one by one walks it more than once."""
+        torch.manual_seed(self.dice(shard, "generator"))
+        with models.half_precision(), torch.set_grad_enabled(learns):
+            terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
+                                                            self.config)
+        seen = {name: term.item() for name, term in terms.items()}
+        if learns and (self.done - self.warmup) % MEASURE == 0:
+            last = list(terms)[-1]
             for name, term in terms.items():
-                term.backward(retain_graph=name != last)
-                seen[f"|grad {name}|"] = gradient_norm(self.weights, before)
-                before = [p.grad.clone() for p in self.weights if p.grad is not None]
-        else:
-            sum(terms.values()).backward()
-        seen["|grad|"] = float(torch.nn.utils.clip_grad_norm_(self.weights, self.config.clip or float("inf")))
-        self.finite(seen)
-        self.opt_g.step()
-        made = self.done - self.warmup
-        decay = min(self.config.ema, (made + 1) / (made + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), self.weights, 1 - decay)
-        return seen
+                before = [w.grad.clone() if w.grad is not None else torch.zeros_like(w) for w in self.weights]
+                (term / self.total).backward(retain_graph=name != last)
+                seen[f"|grad {name}|"] = self.total * gradient_norm(self.weights, before)
+        elif learns:
+            (sum(terms.values()) / self.total).backward()
+        return seen, None if fake is None else fake.detach(), known
 
-    def sharpen(self, batch, fake, known):
-        """One step of the discriminator -> its losses, its gradient's norm, how often it was right."""
+    def judge(self, shard, turn, batch, fake, known):
+        """The discriminator's half, one micro-batch: its gradients -> figures."""
+        torch.manual_seed(self.dice(shard, "discriminator", turn))
         with models.half_precision():
             terms, real, made = self.module.discriminator_loss(self.critic, batch, fake, known, self.config)
-        self.opt_d.zero_grad()
-        sum(terms.values()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.critic_weights, self.config.clip_d or float("inf"))
-        seen = {**{name: term.item() for name, term in terms.items()}, "|grad D|": float(norm)}
-        self.finite(seen)
-        self.opt_d.step()
-        return {**seen, "D right on real": (real > 0).float().mean().item(),
+        (sum(terms.values()) / self.total).backward()
+        return {**{name: term.item() for name, term in terms.items()},
+                "D right on real": (real > 0).float().mean().item(),
                 "D right on fake": (made < 0).float().mean().item()}
+
+    def improve(self, optimiser, weights, clip, name):
+        """One step of an optimiser -> its gradient's norm, before it was clipped."""
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf")))
+        self.finite({name: norm})
+        optimiser.step()
+        return {name: norm}
+
+    def dice(self, *words):
+        """A random seed from the run's seed, the step and a purpose: whatever is drawn follows from its name,
+        so a run goes on where it stopped with nothing to remember, and two processes draw what one would."""
+        return int.from_bytes(hashlib.sha256(repr((self.seed, self.done, *words)).encode()).digest()[:8])
+
+    def mean(self, rows):
+        """Figures of every micro-batch -> their mean."""
+        seen = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        self.finite(seen)
+        return seen
 
     def finite(self, figures):
         """Stop before a NaN reaches the weights."""
@@ -176,25 +190,32 @@ class Run:
                 raise ArithmeticError(f"step {self.done}: {name} is {value}; the last checkpoint is good: "
                                       "go on from it with --weights and a smaller lr, lr_d or lambda_adv")
 
-    def parts(self):
-        return {"network": self.model.network, "average": self.average, "critic": self.critic,
-                "opt_g": self.opt_g, "opt_d": self.opt_d}
-
     def state(self):
         """Everything the next step depends on."""
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        return {**state, "done": self.done}
+        return {"weights": [w.detach() for w in self.weights], "average": self.average, "done": self.done,
+                **{name: getattr(self, name).state_dict() for name in ("critic", "opt_g", "opt_d")}}
 
     def restore(self, state):
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        for own, saved in ((self.weights, state["weights"]), (self.average, state["average"])):
+            if [w.shape for w in own] != [w.shape for w in saved]:
+                raise RuntimeError("it holds another network's weights")
+            with torch.no_grad():
+                torch._foreach_copy_(own, saved)
+        for name in ("critic", "opt_g", "opt_d"):
+            getattr(self, name).load_state_dict(state[name])
         self.done = state["done"]
 
-    def result(self):
-        """The denoiser with the averaged weights: what is kept, shown and measured."""
-        model = deepcopy(self.model)
-        model.network.load_state_dict(self.average.state_dict())
-        return model.eval()
+    @contextmanager
+    def averaged(self):
+        """The model with its averaged weights, the ones that are kept, shown and measured; then as it was."""
+        def swap():
+            for weight, average in zip(self.weights, self.average):
+                weight.data, average.data = average.data, weight.data
+        swap()
+        try:
+            yield self.model
+        finally:
+            swap()
 
 
 def write(path, text):
@@ -209,7 +230,8 @@ def save(run, out, facts):
     partial = out / "checkpoint.part"
     torch.save(run.state(), partial)
     partial.replace(out / "checkpoint.pt")
-    models.save(run.result(), out / "denoiser.safetensors", steps=run.done, **facts)
+    with run.averaged() as model:
+        models.save(model, out / "denoiser.safetensors", steps=run.done, **facts)
 
 
 def loop(run, out, facts, grid, every=50):
@@ -230,8 +252,8 @@ def loop(run, out, facts, grid, every=50):
             file.write(json.dumps(log[-1]) + "\n")
             bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D") if k in seen}, refresh=False)
             if (step + 1) % every == 0 or step + 1 == run.steps:
-                evaluate.picture([(f"step {step + 1}", grid(run.result()))],
-                                 out / f"samples_{step + 1:06d}.png")
+                with run.averaged() as model:
+                    evaluate.picture([(f"step {step + 1}", grid(model))], out / f"samples_{step + 1:06d}.png")
                 evaluate.curves(log, out / "curves.png")
             if time.time() - last > 60 or step + 1 == run.steps:
                 save(run, out, facts)
@@ -303,7 +325,7 @@ def prepare(arguments):
         text_width = model.condition(said)["pooled"].shape[1]
     torch.manual_seed(plan["seed"])
     features = discriminator.Features(models.features(source.name, plan["weights"], config.features))
-    base = deepcopy(model).eval().requires_grad_(False)
+    base = model.twin()
     if config.init == "random":
         model.forget()
     run = Run(model, base, config.critic(features, text_width), METHODS[plan["method"]][0], config, source,
@@ -324,9 +346,10 @@ def prepare(arguments):
 
 def report(run, examiner, out, captions):
     """The before/after table and picture."""
-    players = {"before": run.teacher, "after": run.result()}
-    rows, shown = evaluate.examine([(who, players[who], steps, settings)
-                                    for who, steps, settings in run.config.rows()], captions, examiner)
+    with run.averaged() as model:
+        players = {"before": run.teacher, "after": model}
+        rows, shown = evaluate.examine([(who, players[who], steps, settings)
+                                        for who, steps, settings in run.config.rows()], captions, examiner)
     write(out / "result.json", json.dumps(dict(rows), indent=1))
     text = evaluate.table(rows)
     write(out / "table.md", text + "\n")

@@ -10,9 +10,9 @@ import equations
 import pytest
 from conftest import ROOT
 
-LAYERS = [{"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
+LAYERS = [{"networks"}, {"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
           {"evaluate", "train", "pretrain"}, {"study"}]
-CORE = [name for layer in LAYERS[:3] for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
+CORE = [name for layer in LAYERS[:4] for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
 
 
 def imports(name):

@@ -148,7 +148,7 @@ def test_measuring_each_terms_gradient_changes_nothing(monkeypatch):
     (["--method", "add", "--set", "negative=a blurry zebra"], "'blurry'"),
     (["--method", "add", "--set", "lambda_adv=0", "--set", "lambda_distill=0"], "nothing is left to learn"),
     (["--set", "lr=-1"], "a number"),
-    (["--set", "ema=1.5"], "between 0 and 1"),
+    (["--set", "ema=1.5"], "a share, 0 to 1"),
     (["--method", "diffusion", "--set", "lambda_adv=1"], "means lambda_adv=0"),
     (["--data", "fashion", "--samples", "6000"], "5000 at most"),
     (["--set", "checkpoint=maybe"], "true, false"),
