@@ -87,6 +87,13 @@ class Config:
         return discriminator.Projected(features, known[self.condition])
 
 
+# What large models want otherwise. Paper: pure noise is told as T and gets its fair share of the batch,
+# inputs are noised real pictures, gamma. Ours: the rates, for the paper states none.
+LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1., batch=4, lr=1e-5, lr_d=1e-4,
+              steps_d=1, ema=.999)
+PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
+
+
 def knowledge(critic, batch, cond, terminal, config):
     """c = (c_text, c_img), what the discriminator may know of either picture (B, C). c_img is the CLS token
     of the real x_0, since below the last time the student sees some of it; at the last (`terminal`, (B,)) it
@@ -131,7 +138,7 @@ def advice(teacher, x0_hat, cond, config):
     alpha, sigma = teacher.at(t)
     weight = losses.distillation_weight(config.weighting, alpha, sigma).flatten()
     if config.weighting == "nfsd":
-        empty, bad = ({k: v.expand_as(cond[k]) for k, v in c.items()}
+        empty, bad = ({**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
                       for c in (uncond, teacher.condition([config.negative])))
         said = [teacher.split(x_t, teacher.predict(x_t, t, c), t)[1] for c in (empty, cond, bad)]
         small = (t < teacher.T // 5).view(-1, 1, 1, 1)                        # 200 of 1000
@@ -152,7 +159,7 @@ def generator_loss(model, teacher, critic, batch, config):
     may know (B, C) or None."""
     with torch.no_grad():
         x0 = model.encode(batch.image)
-        cond = model.condition(batch.caption)
+        cond = model.condition(batch.caption, batch.frame)
     x0_hat, terminal = leap(model, x0, cond, config)
     picture, terms = model.decode(x0_hat), {}
     fake = discriminator.visible(picture)

@@ -83,6 +83,14 @@ class Config:
         return discriminator.Siamese(features, self.variant, self.pool)
 
 
+# What large models want otherwise. Secondary: rates, clipping, path and guidance of CoMat, by the same
+# authors, for SD 1.5 and XL. Paper: the image start. Ours: the rest, SD 3's numbers among it.
+LATENT = dict(path_steps=50, train_steps=5, guidance=7.5, start="image", variant="similarity", batch=4,
+              clip=.1, augment=1., checkpoint=True, warmup_d=100, ema=.999)
+PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
+           "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal")}
+
+
 def simulate(model, x0, cond, uncond, config):
     """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
     from there. One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
@@ -111,8 +119,8 @@ def generator_loss(model, teacher, critic, batch, config):
     keep = torch.rand(len(batch.caption)) >= config.drop_caption
     with torch.no_grad():                                    # encoders are frozen; only the network learns
         x0 = model.encode(batch.image)
-        cond, uncond = model.condition(batch.caption), model.condition([""])
-        dropped = model.condition([c if k else "" for c, k in zip(batch.caption, keep)])
+        cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
+        dropped = model.condition([c if k else "" for c, k in zip(batch.caption, keep)], batch.frame)
     t = losses.sample_times(len(x0), model.T, config.times).to(x0.device)
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:

@@ -11,6 +11,7 @@ Look at them:  python data.py --show glyphs          Read next: models.py
 """
 
 import argparse
+import csv
 import gzip
 import hashlib
 import json
@@ -18,6 +19,7 @@ import os
 import unicodedata
 import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +33,24 @@ SIZE = 32                                                    # pixels, both side
 @dataclass
 class Batch:
     """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has
-    none · named (B, A) bool: the caption says so. Only named attributes can be asked of a model."""
+    none · named (B, A) bool: the caption says so. Only named attributes can be asked of a model.
+    frame (B, 4): height and width a photograph once had, what was cut off above and left of it; or None."""
     image: torch.Tensor
     caption: list
     truth: torch.Tensor
     named: torch.Tensor
+    frame: torch.Tensor | None = None
 
     def __getitem__(self, rows):
-        return Batch(self.image[rows], self.caption[rows], self.truth[rows], self.named[rows])
+        return Batch(self.image[rows], self.caption[rows], self.truth[rows], self.named[rows],
+                     None if self.frame is None else self.frame[rows])
+
+    def to(self, device, size=None):
+        """On a device, and at the size of the model's pictures: the embedded ones have 32 pixels."""
+        image = self.image.to(device)
+        if size and size != image.shape[-1]:
+            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        return Batch(image, self.caption, self.truth, self.named, self.frame)
 
 
 # ------------------------------------------------------------------------------------------------ glyphs
@@ -249,46 +261,71 @@ class Fashion:
 
 # ------------------------------------------------------------------------------------------ your own folder
 
+def rows_of(table):
+    """The rows of a metadata table, as (line, dictionary)."""
+    try:
+        if table.suffix == ".parquet":
+            import pyarrow.parquet
+            return list(enumerate(pyarrow.parquet.read_table(table).to_pylist(), 1))
+        text = table.read_text(encoding="utf-8")
+    except ImportError:
+        raise ValueError(f"{table} wants pyarrow: pip install pyarrow, or write metadata.jsonl") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {table} ({error})") from None
+    if table.suffix == ".csv":
+        return list(enumerate(csv.DictReader(text.splitlines()), 2))
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except ValueError:
+                raise ValueError(f"{table} line {number}: wanted a JSON object "
+                                 "with file_name and text") from None
+    return rows
+
+
 class Folder:
-    """A folder of captioned images: metadata.jsonl with file_name and text (Hugging Face 'imagefolder'), or a
-    .txt beside each image. Squares are cut from the middle; everything is kept in memory as bytes. Its one
-    attribute is the caption itself: 'which of the captions is this a picture of?'"""
+    """A folder of captioned images: metadata.jsonl, .csv or .parquet with file_name and text (Hugging Face
+    'imagefolder'), or a .txt beside each image. Squares are cut from the middle. What fits in a gigabyte is
+    kept in memory, the rest is read when it is asked for, by several threads; an image that cannot be read is
+    named and left out, and more than 1 % of those are an error. Its one attribute is the caption itself:
+    'which of the captions is this a picture of?'"""
 
     def __init__(self, folder, size=SIZE):
-        folder = Path(folder)
+        folder, self.size, self.broken = Path(folder), size, set()
         self.name = folder.resolve().name
-        pairs = self.listing(folder)
-        if not pairs:
+        self.paths, self.captions = self.listing(folder)
+        if not self.paths:
             raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, "
                              "or a .txt beside each")
-        self.captions = [text for _, text in pairs]
-        self.sizes = dict.fromkeys(("train", "test"), len(pairs))
-        self.images = torch.stack([self.load(path, size) for path, _ in pairs])           # (N, 3, size, size)
+        self.sizes = dict.fromkeys(("train", "test"), len(self.paths))
         self.words = sorted({w for text in self.captions for w in text.lower().split()})
         self.phrases = sorted(set(self.captions))
         self.attributes = {"caption": self.phrases}
         index = {text: i for i, text in enumerate(self.phrases)}
         self.labels = torch.tensor([index[text] for text in self.captions])
+        self.readers, self.kept = ThreadPoolExecutor(8), None
+        if len(self.paths) * 3 * size ** 2 < 2 ** 30:
+            self.kept = list(self.readers.map(self.read, range(len(self.paths))))
 
     @staticmethod
     def listing(folder):
-        """[(path, caption)]; an image without a caption is an error that names it."""
-        table = folder / "metadata.jsonl"
-        if table.is_file():
-            pairs = []
-            for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-                if not line.strip():
-                    continue
+        """-> paths, captions; an image without a caption is an error that names it."""
+        tables = (folder / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet"))
+        table = next((table for table in tables if table.is_file()), None)
+        if table:
+            paths, captions = [], []
+            for number, row in rows_of(table):
                 try:
-                    row = json.loads(line)
                     path, text = folder / row["file_name"], row["text"].strip()
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f"{table} line {number}: wanted a JSON object "
+                except (KeyError, TypeError, AttributeError):
+                    raise ValueError(f"{table} line {number}: wanted a JSON object (or a row) "
                                      "with file_name and text") from None
                 if not path.resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{table} line {number}: {row['file_name']} points outside {folder}")
-                pairs.append((path, text))
-            return pairs
+                paths.append(path), captions.append(text)
+            return paths, captions
         kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
         silent = [p.name for p in paths if not p.with_suffix(".txt").is_file()]
@@ -296,37 +333,55 @@ class Folder:
             raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
                              f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
         try:
-            return [(p, p.with_suffix(".txt").read_text(encoding="utf-8").strip()) for p in paths]
+            return paths, [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in paths]
         except UnicodeDecodeError:
             raise ValueError(f"a caption in {folder} is not UTF-8: save the .txt files as UTF-8") from None
 
-    @staticmethod
-    def load(path, size):
+    def read(self, row):
+        """-> picture (3, size, size) uint8 and its frame: height and width it had, rows and columns (of the
+        scaled picture) cut off above and left. None if it cannot be read."""
         from PIL import Image, ImageOps
         try:
-            with Image.open(path) as image:
-                image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path} ({error}); repair or remove it") from None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            with Image.open(self.paths[row]) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB")
+                w, h = image.size
+                scale = self.size / min(w, h)
+                frame = torch.tensor([h, w, *(int((n * scale - self.size) / 2) for n in (h, w))])
+                image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            self.broken.add(row)
+            if len(self.broken) > .01 * len(self.paths):
+                raise ValueError(f"cannot read the image {self.paths[row]} ({error}): {len(self.broken)} of "
+                                 f"{len(self.paths)} images are broken; repair or remove them") from None
+            print(f"left out: {self.paths[row]} cannot be read ({error}); {len(self.broken)} so far")
+            return None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), frame
 
     def batch(self, n, generator=None, split="train"):
         """n different pictures while there are so many; every split is the whole folder."""
         check_split(split, self.sizes)
-        rows = draw_rows(self.sizes[split], n, generator)
-        return Batch(self.images[rows].float() / 127.5 - 1, [self.captions[i] for i in rows],
-                     self.labels[rows, None], torch.ones(n, 1, dtype=torch.bool))
+        rows = draw_rows(self.sizes[split], 2 * n, generator).tolist()        # some to spare
+        rows = [row for row in rows if row not in self.broken]
+        look = self.kept.__getitem__ if self.kept else self.read
+        found = [(row, seen) for row, seen in zip(rows, self.readers.map(look, rows[:n])) if seen]
+        spare = iter(rows[n:])
+        while len(found) < n:                                # one was broken: the next one steps in
+            row = next(spare)
+            found += [(row, seen)] if (seen := look(row)) else []
+        rows, pictures, frames = zip(*((row, *seen) for row, seen in found))
+        return Batch(torch.stack(pictures).float() / 127.5 - 1, [self.captions[i] for i in rows],
+                     self.labels[list(rows), None], torch.ones(n, 1, dtype=torch.bool), torch.stack(frames))
 
 
-def build(name):
-    """'glyphs', 'fashion', or a path -> a source.
+def build(name, size=SIZE):
+    """'glyphs', 'fashion', or a path, whose pictures will have `size` pixels -> a source.
     Raises ValueError or FileNotFoundError with a sentence to show."""
     if name in ("glyphs", "fashion"):
         return Glyphs() if name == "glyphs" else Fashion()
     if not Path(name).is_dir():
         raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, "
                                 "or a folder of captioned images")
-    return Folder(name)
+    return Folder(name, size)
 
 
 def contact_sheet(source, path, n=96, seed=0):

@@ -22,27 +22,26 @@ import sampler
 
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
+PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "seed", "steps", "set")  # of a run
 BASE_ROWS = [(1, {}), (4, {}), (10, {}), (25, {})]           # (steps, sampler settings) where none are said
 
 
 # ------------------------------------------------------------------------------------------------ samples
 
 @torch.no_grad()
-def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, chunk=100,
-           visit=None):
+def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, visit=None):
     """Draw one picture per caption from fixed noise -> (B, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    channels, h, w = model.encode(torch.zeros(1, 3, data.SIZE, data.SIZE)).shape[1:]
-    # all at once: chunking changes nothing
-    noise = torch.randn(len(captions), channels, h, w, generator=generator)
+    # all noise at once: how many are drawn together changes nothing
+    noise = torch.randn(len(captions), *model.shape, generator=generator).split(model.at_once)
     times, pictures = sampler.timeline(model.T, steps, shift, last), []
     uncond = model.condition([""])
-    for i in range(0, len(captions), chunk):
-        cond = model.condition(captions[i:i + chunk])
+    for i, x in enumerate(noise):
+        cond = model.condition(captions[i * model.at_once:][:len(x)])
         with models.half_precision():
-            x0 = sampler.rollout(model, noise[i:i + chunk], times, cond, uncond, guidance, fresh=fresh,
+            x0 = sampler.rollout(model, x.to(model.alpha.device), times, cond, uncond, guidance, fresh=fresh,
                                  generator=generator, visit=visit)
-        pictures.append(model.decode(x0).clamp(-1, 1))
+            pictures.append(model.decode(x0).clamp(-1, 1).float().cpu())
     return torch.cat(pictures)
 
 
@@ -213,7 +212,7 @@ def read_plan(path):
     """A run's config.json, checked."""
     try:
         plan = json.loads(Path(path).read_text())
-        return {key: plan[key] for key in ("method", "model", "data", "weights", "seed", "steps", "set")}
+        return {key: plan[key] for key in PLAN}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the config.json of a run of this program") from None
 

@@ -12,7 +12,9 @@ Time runs one way everywhere: index 0 is the cleanest step, T-1 the noisiest.   
 """
 
 import copy
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -29,6 +31,9 @@ class Denoiser(nn.Module):
     """The contract. A family gives three tables and four methods (output, encode, decode, condition)."""
 
     network: nn.Module                                      # what training changes; everything else is frozen
+    size: int                                               # of a picture, pixels
+    shape: tuple                                            # of a latent picture, (C, h, w)
+    at_once = 100                                           # pictures that are drawn together
 
     def __init__(self, target, alpha, sigma, time):
         """target: eps, x0, v or flow · alpha, sigma, time: (T,) tables from cleanest to noisiest."""
@@ -91,7 +96,8 @@ class Denoiser(nn.Module):
             return self.output(x, time, cond)
         if uncond is None:
             raise ValueError("guidance other than 1 needs `uncond`, the condition of empty captions")
-        both = {key: torch.cat([uncond[key].expand_as(value), value]) for key, value in cond.items()}
+        both = {key: torch.cat([uncond.get(key, value).expand_as(value), value])
+                for key, value in cond.items()}
         y_u, y_c = self.output(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
         return y_u + guidance * (y_c - y_u)
 
@@ -100,6 +106,17 @@ class Denoiser(nn.Module):
         other = copy.copy(self)
         other._modules = {**self._modules, "network": copy.deepcopy(self.network)}
         return other.eval().requires_grad_(False)
+
+    def adapt(self, rank):
+        """Freeze the network; let low-rank adapters learn instead."""
+        raise ValueError("--lora is for sd15, sdxl and sd3: this network is small enough to learn as it is")
+
+    def close(self):
+        """Every caption that will be asked has been: what only `condition` needs may go."""
+
+    def keep(self, out, **facts):
+        """Write into the run folder `out` what training made, in a form that others load."""
+        raise NotImplementedError
 
     def forget(self):
         """Give the network fresh random weights."""
@@ -118,9 +135,10 @@ class Denoiser(nn.Module):
         """(B, C, h, w) -> (B, 3, H, W), differentiable and not clamped."""
         raise NotImplementedError
 
-    def condition(self, captions):
+    def condition(self, captions, frame=None):
         """B strings -> a dict of tensors whose first dimension is B, passed to `output` unread. One is
-        "pooled" (B, P), the caption as one vector, on which a discriminator may condition."""
+        "pooled" (B, P), the caption as one vector, on which a discriminator may condition. frame (B, 4): what
+        size a photograph had and where it was cut; SDXL wants to know."""
         raise NotImplementedError
 
 
@@ -144,6 +162,7 @@ class TinyDenoiser(Denoiser):
     so that F sees and gives numbers of size 1 at every time (the idea of Karras et al. 2022, for any target).
     Else 64 channels must carry twelve of noise through every layer, only to subtract it again; what they
     garble is lost in the last of fifty steps, but stands in the picture of a single one."""
+    size, shape = 32, (12, 16, 16)
 
     def __init__(self, words, target="flow", spread=.8):
         """spread: root mean square of x_0's elements, roughly."""
@@ -163,6 +182,9 @@ class TinyDenoiser(Denoiser):
     def forget(self):
         self.network = networks.TinyUNet()
 
+    def keep(self, out, **facts):
+        save(self, out / "denoiser.safetensors", words=self.words, target=self.target, **facts)
+
     def output(self, x, time, cond):
         skip, gain, scale = (self.look_up(table, time * self.T - 1).view(-1, 1, 1, 1)
                              for table in (self.skip, self.gain, self.scale))
@@ -174,7 +196,7 @@ class TinyDenoiser(Denoiser):
     def decode(self, z):
         return F.pixel_shuffle(z, 2)
 
-    def condition(self, captions):
+    def condition(self, captions, frame=None):
         return self.text(captions)
 
 
@@ -195,12 +217,15 @@ class Latent(Denoiser):
     """What the three families share: a network and a VAE from a diffusers pipeline, and captions that are
     encoded once. The pipeline stays outside the module tree, and its text encoders leave when they have read
     everything (`close`)."""
+    at_once = 4
 
-    def __init__(self, pipe, size):
+    def __init__(self, pipe, size, source):
         super().__init__(*schedule(pipe.scheduler))
         self.part = "transformer" if hasattr(pipe, "transformer") else "unet"
         self.network, self.vae = getattr(pipe, self.part), pipe.vae
-        self.outside, self.read, self.bare = [pipe], {}, False                # a list hides it from nn.Module
+        self.outside, self.read = [pipe], {}                 # a list hides it from nn.Module
+        self.rank, self.bare = 0, False                      # of the adapters, and whether they are off
+        self.pipeline, self.source = type(pipe), source
         self.size, scale = size, 2 ** (len(self.vae.config.block_out_channels) - 1)
         if size % (8 * scale):
             raise ValueError(f"--size {size}: wanted a multiple of {8 * scale}, for the network halves the "
@@ -208,6 +233,11 @@ class Latent(Denoiser):
         self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
         self.requires_grad_(False)
         self.network.requires_grad_(True)
+        with torch.no_grad():                                # the encoders' own fingerprint names their shelf
+            said = self.ask(["a fingerprint"])["text"].float().cpu().numpy().tobytes()
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        self.cache = home / "adversarial-diffusion" / hashlib.sha256(said).hexdigest()[:16]
+        self.cache.mkdir(parents=True, exist_ok=True)
 
     def encode(self, image):
         z = torch.cat([self.vae.encode(one).latent_dist.sample() for one in image.split(1)])
@@ -224,6 +254,7 @@ class Latent(Denoiser):
     def adapt(self, rank):
         """LoRA: the network freezes, low-rank adapters on its attention learn."""
         from peft import LoraConfig
+        self.rank = rank
         self.network.requires_grad_(False)
         attention = ["to_q", "to_k", "to_v", "to_out.0",
                      "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -231,7 +262,7 @@ class Latent(Denoiser):
                                             target_modules=attention))
 
     def twin(self):
-        if all(weight.requires_grad for weight in self.network.parameters()):
+        if not self.rank:
             return super().twin()
         other = copy.copy(self)                              # one copy of the weights: itself, adapters off
         other.bare = True
@@ -254,21 +285,50 @@ class Latent(Denoiser):
         raise NotImplementedError
 
     @torch.no_grad()
-    def condition(self, captions):
-        for caption in dict.fromkeys(captions):
-            if caption not in self.read:
-                if not self.outside:
-                    raise ValueError(f"the text encoders are gone and never read '{caption[:80]}'")
-                self.read[caption] = {k: v[0].cpu() for k, v in self.ask([caption]).items()}
-        read = [self.read[caption] for caption in captions]
+    def condition(self, captions, frame=None):
+        read = [self.recall(caption) for caption in captions]
         return {key: torch.stack([one[key] for one in read]).to(self.alpha.device) for key in read[0]}
 
+    def recall(self, caption):
+        """What the text encoders made of a caption: from memory, from disk, or asked for the first time."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+        if caption in self.read:
+            return self.read[caption]
+        path = self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError):                   # not there, or cut off
+            if not self.outside:
+                raise ValueError(f"the text encoders are gone and never read '{caption[:80]}'") from None
+            found = {k: v[0].contiguous().cpu() for k, v in self.ask([caption]).items()}
+            partial = path.with_suffix(f".{os.getpid()}")
+            save_file(found, partial)
+            partial.replace(path)
+        if len(self.read) >= 2048:
+            self.read.pop(next(iter(self.read)))             # the oldest
+        self.read[caption] = found
+        return found
+
     def forget(self):
+        if self.rank:
+            raise ValueError("init=random and --lora exclude each other: adapters on nothing learn nothing")
         self.network = type(self.network).from_config(self.network.config)
 
     def close(self):
-        """Let the text encoders go: what was read stays."""
-        self.outside.clear()
+        self.outside.clear()                                 # the text encoders; what they read stays
+
+    def keep(self, out, **facts):
+        """LoRA: a file for `pipe.load_lora_weights(out)`. The whole network: a pipeline folder, in which
+        everything else is as it came."""
+        if self.rank:
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft import get_peft_model_state_dict
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
+            self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": layers})
+        else:
+            whole = self.pipeline.from_pretrained(self.source, **{self.part: self.network})
+            whole.save_pretrained(out / "pipeline")
 
 
 class SD15(Latent):
@@ -297,9 +357,14 @@ class SDXL(Latent):
             text, pooled = text * said[:, None, None], pooled * said[:, None]
         return {"text": text, "pooled": pooled}
 
+    def condition(self, captions, frame=None):
+        known = super().condition(captions)
+        return known if frame is None else {**known, "frame": frame.to(self.alpha.device)}
+
     def call(self, x, time, cond):
-        frame = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=x.device)
-        extra = {"text_embeds": cond["pooled"], "time_ids": frame.expand(len(x), 6)}
+        frame = cond.get("frame", torch.tensor([[self.size, self.size, 0, 0]], device=x.device))
+        frame = torch.cat([frame, torch.full_like(frame[:, :2], self.size)], 1).expand(len(x), 6)
+        extra = {"text_embeds": cond["pooled"], "time_ids": frame}
         return self.network(x, time, cond["text"], added_cond_kwargs=extra).sample
 
 
@@ -323,9 +388,16 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
 
 # --------------------------------------------------------------------------------------- weights and building
 
+def device():
+    """Where everything runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def half_precision():
-    """Autocast to bf16 where the processor has it (a step is then about 1.7 times faster), else nothing."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    """Autocast to bf16 on a GPU, and on a processor that has it (a step is then about 1.7 times faster)."""
+    kind = device().type
+    able = kind != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=able)
 
 
 def save(module, path, **facts):
@@ -381,12 +453,50 @@ def sealed(network, path):
     return fill(network(facts["attributes"]), state, path).eval().requires_grad_(False)
 
 
-def features(data, weights=None, which="vit"):
-    """The discriminators' eyes for a data set: the pretrained TinyViT, the TinyCNN, or a TinyViT that never
-    learned anything ("random")."""
+class Dino(nn.Module):
+    """DINOv2 as the discriminators' eyes, for real models: any picture in, tokens of every block out."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, depth = body, body.config.num_hidden_layers
+        self.layers = sorted({0, *(depth * i // 4 for i in range(1, 5))})     # patches, four blocks
+        for name, value in (("mean", (.485, .456, .406)), ("spread", (.229, .224, .225))):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))     # ImageNet's
+
+    def forward(self, image):
+        """(B, 3, H, W) in [-1, 1] -> maps (B, D, h, w) of the embedding and every block, their CLS (B, D)."""
+        patch = self.body.config.patch_size
+        h, w = (max(1, round(n / patch)) for n in image.shape[2:])
+        image = F.interpolate(image, (h * patch, w * patch), mode="bicubic", antialias=True)
+        seen = self.body((image * .5 + .5 - self.mean) / self.spread, output_hidden_states=True).hidden_states
+        return ([s[:, 1:].transpose(1, 2).unflatten(2, (h, w)) for s in seen], [s[:, 0] for s in seen])
+
+
+def dino(which, weights=None):
+    """DINOv2 from a transformers folder or hub id (default facebook/dinov2-small), or with random weights."""
+    from transformers import Dinov2Config, Dinov2Model
+    if which == "random":
+        return Dino(Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)))
+    if which != "vit":
+        raise ValueError(f"real models have features=vit (DINOv2) or random, not {which}")
+    source = str(weights or "facebook/dinov2-small")
+    try:
+        return Dino(Dinov2Model.from_pretrained(source, use_safetensors=True))
+    except Exception as error:
+        why = str(error).strip().split("\n")[0][:200]
+        raise OSError(f"cannot load DINOv2 from {source} ({type(error).__name__}: {why}); "
+                      "name a folder that holds it with --features") from None
+
+
+def features(model, data, which="vit", folder=None, weights=None):
+    """The discriminators' eyes. Real models have DINOv2, from `folder`; the tiny one what was trained for its
+    data set, from `folder`, else `weights`, else the shipped: the TinyViT, the TinyCNN, or a TinyViT that
+    never learned anything ("random")."""
+    if model in FAMILIES:
+        return dino(which, folder)
     if which == "cnn":
-        return sealed(networks.TinyCNN, find("cnn", data, weights))
-    trained = sealed(networks.TinyViT, find("features", data, weights))
+        return sealed(networks.TinyCNN, find("cnn", data, folder or weights))
+    trained = sealed(networks.TinyViT, find("features", data, folder or weights))
     return networks.TinyViT([head.out_features for head in trained.heads]) if which == "random" else trained
 
 
@@ -395,11 +505,18 @@ def judge(data, weights=None):
     return sealed(networks.Judge, find("judge", data, weights))
 
 
-def pipeline(model, weights=None, size=None):
+def pixels(model):
+    """The size of a model's pictures, where nothing else is said."""
+    if model != "tiny" and model not in FAMILIES:
+        raise ValueError(f"unknown model '{model}': wanted tiny, {', '.join(FAMILIES)}")
+    return FAMILIES[model][3] if model in FAMILIES else TinyDenoiser.size
+
+
+def pipeline(model, weights, size):
     """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
     is missing, refused or half there is one sentence."""
     import diffusers
-    adapter, name, home, pixels = FAMILIES[model]
+    adapter, name, home, _ = FAMILIES[model]
     source = str(weights or home)
     index = Path(source) / "model_index.json"
     if Path(source).exists() and not index.is_file():
@@ -418,16 +535,16 @@ def pipeline(model, weights=None, size=None):
                 "or name a local diffusers folder with --weights")
         raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
     pipe.set_progress_bar_config(disable=True)
-    return adapter(pipe, size or pixels)
+    return adapter(pipe, size or pixels(model), source)
 
 
-def build(model, data, weights=None):
-    """--model, --data, --weights (a file, a run or a weights folder; default: shipped) -> a Denoiser of which
-    `network` alone is trainable, with the `facts` of its file."""
+def build(model, data, weights=None, size=None):
+    """--model, --data, --weights (of the tiny one a file, a run or a weights folder; default: shipped) -> a
+    Denoiser of which `network` alone is trainable, with the `facts` of its file."""
     if model in FAMILIES:
-        return pipeline(model, weights)
-    if model != "tiny":
-        raise ValueError(f"unknown model '{model}': wanted tiny, {', '.join(FAMILIES)}")
+        return pipeline(model, weights, size)
+    if (size or pixels(model)) != 32:
+        raise ValueError(f"--size {size}: the tiny model's pictures have 32 pixels")
     if weights and not Path(weights).exists():
         raise FileNotFoundError(f"--weights {weights}: no such file or folder")
     path = Path(weights or WEIGHTS / data)

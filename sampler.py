@@ -72,7 +72,7 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
             visit(i, x0)
         if i + 1 < len(times):
             if fresh:
-                noise = torch.randn(x.shape, generator=generator, device=x.device)
+                noise = torch.randn(x.shape, generator=generator).to(x.device)
                 eps = (1 - fresh ** 2) ** .5 * eps + fresh * noise
             alpha, sigma = model.at(times[i + 1:i + 2].to(x.device))
             x = alpha * x0 + sigma * eps                     # ADT path: DDIM and Euler in one line

@@ -54,9 +54,11 @@ def read(kind, text):
     return number
 
 
-def settle(method, changes):
-    """Config of the method with `key=value` changes; an unknown key or a wrong value is a sentence."""
+def settle(method, changes, model="tiny"):
+    """Config of the method for a model with `key=value` changes; an unknown key or a wrong value is a
+    sentence."""
     module, preset, _ = METHODS[method]
+    preset = {**module.PRESETS.get(model, {}), **preset}
     kinds = typing.get_type_hints(module.Config)
     for change in changes:
         key, found, value = change.partition("=")
@@ -108,8 +110,7 @@ class Run:
         for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
             for group in optimiser.param_groups:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
-        batches = [self.source.batch(config.batch, torch.Generator().manual_seed(self.dice(shard, "data")))
-                   for shard in self.shards]
+        batches = [self.draw(shard) for shard in self.shards]
 
         # the generator learns, the discriminator watches
         learns = self.done >= self.warmup                    # who knows nothing teaches nothing
@@ -135,6 +136,11 @@ class Run:
                 seen |= self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|")
         self.done += 1
         return seen
+
+    def draw(self, shard):
+        """The pictures and captions of a micro-batch."""
+        random = torch.Generator().manual_seed(self.dice(shard, "data"))
+        return self.source.batch(self.config.batch, random).to(self.model.alpha.device, self.model.size)
 
     def generate(self, shard, batch, learns):
         """The generator's half, one micro-batch: its gradients -> figures, the picture, and what the
@@ -231,7 +237,7 @@ def save(run, out, facts):
     torch.save(run.state(), partial)
     partial.replace(out / "checkpoint.pt")
     with run.averaged() as model:
-        models.save(model, out / "denoiser.safetensors", steps=run.done, **facts)
+        model.keep(out, steps=run.done, **facts)
 
 
 def loop(run, out, facts, grid, every=50):
@@ -265,9 +271,15 @@ def loop(run, out, facts, grid, every=50):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--method", default="adt", help=", ".join(METHODS))
-    parser.add_argument("--model", default="tiny", help="tiny")
+    parser.add_argument("--model", default="tiny", help=", ".join(["tiny", *models.FAMILIES]))
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
-    parser.add_argument("--weights", help="start from this file or folder (default: the shipped base)")
+    parser.add_argument("--weights", help="start from this file or folder (default: the shipped base); for "
+                        "real models a diffusers folder or hub id (default: the family's public one)")
+    parser.add_argument("--features", help="folder or hub id of the discriminator's frozen network "
+                        "(default: the shipped one; for real models facebook/dinov2-small)")
+    parser.add_argument("--size", type=int, help="pixels, both sides (default: what the model was made for)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
+                        help="train adapters of this rank instead of the whole network (real models)")
     parser.add_argument("--steps", type=int,
                         help="length of the whole run, also on resume (default: "
                         + ", ".join(f"{name} {steps}" for name, (*_, steps) in METHODS.items()) + ")")
@@ -292,8 +304,9 @@ def plan_of(arguments):
             raise ValueError("--resume keeps a run's own settings: leave out --set, --out and --overwrite")
         plan = evaluate.read_plan(out / "config.json")
     else:
-        plan = {key: getattr(arguments, key) for key in ("method", "model", "data", "weights", "seed", "set")}
-        words = [plan["method"], Path(plan["data"]).name, *plan["set"], f"seed{plan['seed']}"]
+        plan = {key: getattr(arguments, key) for key in evaluate.PLAN if key != "steps"}
+        words = [plan["method"], *{plan["model"]} - {"tiny"}, Path(plan["data"]).name, *plan["set"],
+                 f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not (out / "config.json").is_file():
@@ -314,9 +327,9 @@ def plan_of(arguments):
 def prepare(arguments):
     """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
     plan, out = plan_of(arguments)
-    config = settle(plan["method"], plan["set"])
-    source = data.build(plan["data"])
-    model = models.build(plan["model"], source.name, plan["weights"])
+    config = settle(plan["method"], plan["set"], plan["model"])
+    source = data.build(plan["data"], plan["size"] or models.pixels(plan["model"]))
+    model = models.build(plan["model"], source.name, plan["weights"], plan["size"])
     config.path(model.T)
     for _, steps, settings in config.rows():
         sampler.timeline(model.T, steps, last=settings.get("last", 1.))
@@ -324,12 +337,15 @@ def prepare(arguments):
         said = [*source.phrases, getattr(config, "negative", "")]
         text_width = model.condition(said)["pooled"].shape[1]
     torch.manual_seed(plan["seed"])
-    features = discriminator.Features(models.features(source.name, plan["weights"], config.features))
+    eyes = models.features(plan["model"], source.name, config.features, plan["features"], plan["weights"])
+    critic = config.critic(discriminator.Features(eyes), text_width)
+    if plan["lora"]:
+        model.adapt(plan["lora"])
     base = model.twin()
     if config.init == "random":
         model.forget()
-    run = Run(model, base, config.critic(features, text_width), METHODS[plan["method"]][0], config, source,
-              plan["steps"], plan["seed"])
+    run = Run(model.to(models.device()), base.to(models.device()), critic.to(models.device()),
+              METHODS[plan["method"]][0], config, source, plan["steps"], plan["seed"])
     if arguments.resume:
         try:
             run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
@@ -377,8 +393,7 @@ def main(argv=None):
         parser.exit(2, f"train.py: {error}\n")
     captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
     rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
-    facts = {"words": run.model.words, "target": run.model.target, "data": run.source.name, "rows": rows,
-             **{key: plan[key] for key in ("method", "set", "seed")}}
+    facts = {"data": run.source.name, "rows": rows, **{key: plan[key] for key in ("method", "set", "seed")}}
     steps, settings = rows[0]
     try:
         loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))

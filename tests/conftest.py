@@ -38,7 +38,7 @@ class Toy(models.Denoiser):
     def decode(self, z):
         return z
 
-    def condition(self, captions):
+    def condition(self, captions, frame=None):
         return {"scale": torch.tensor([1. + len(c) for c in captions], dtype=torch.float64)}
 
 

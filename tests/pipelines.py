@@ -27,7 +27,8 @@ def tokenizer(folder):
 def t5_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("▁", -2.), *((chr(c), -3.) for c in range(33, 127))]
+    pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), ("▁", -2.),
+              *((chr(c), -3.) for c in range(33, 127))]
     fast = Tokenizer(models.Unigram(pieces, unk_id=2))
     fast.pre_tokenizer = pre_tokenizers.Metaspace()
     fast.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
@@ -70,7 +71,8 @@ def make(family, folder, prediction="epsilon"):
         pipe = StableDiffusionXLPipeline(
             vae=vae(), text_encoder=clip(words), text_encoder_2=clip(words, projection=32), tokenizer=words,
             tokenizer_2=words, scheduler=EulerDiscreteScheduler(**BETAS, prediction_type=prediction),
-            unet=unet(64, attention_head_dim=(4, 8), use_linear_projection=True, addition_embed_type="text_time",
+            unet=unet(64, attention_head_dim=(4, 8), use_linear_projection=True,
+                      addition_embed_type="text_time",
                       addition_time_embed_dim=8, transformer_layers_per_block=(1, 2),
                       projection_class_embeddings_input_dim=6 * 8 + 32))
     else:
@@ -82,7 +84,8 @@ def make(family, folder, prediction="epsilon"):
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.),
             transformer=SD3Transformer2DModel(
                 sample_size=32, patch_size=2, in_channels=16, out_channels=16, num_layers=2,
-                attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
+                attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32,
+                caption_projection_dim=32,
                 pooled_projection_dim=64, pos_embed_max_size=32).eval())
     pipe.save_pretrained(folder / family)
     return folder / family

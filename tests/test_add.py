@@ -21,7 +21,7 @@ def world(glyphs):
     torch.manual_seed(0)
     model = models.build("tiny", "glyphs")
     teacher = deepcopy(model).eval().requires_grad_(False)
-    critic = add.Config().critic(discriminator.Features(models.features("glyphs")), 128)
+    critic = add.Config().critic(discriminator.Features(models.features("tiny", "glyphs")), 128)
     return model, teacher, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
 
 

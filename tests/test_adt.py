@@ -16,7 +16,7 @@ from conftest import build_critic, clear
 def world(glyphs):
     torch.manual_seed(0)
     model = models.build("tiny", "glyphs")
-    critic = build_critic("similarity", discriminator.Features(models.features("glyphs")), 128)
+    critic = build_critic("similarity", discriminator.Features(models.features("tiny", "glyphs")), 128)
     return model, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
 
 

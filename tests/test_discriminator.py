@@ -13,7 +13,7 @@ from conftest import build_critic
 
 @pytest.fixture(scope="module")
 def features():
-    return discriminator.Features(models.features("glyphs"))
+    return discriminator.Features(models.features("tiny", "glyphs"))
 
 
 def fingerprint(module):
@@ -282,7 +282,7 @@ def test_a_weak_tint_is_hidden_too():
 @pytest.mark.parametrize("which", ["vit", "cnn", "random"])
 def test_any_eyes_fit_any_discriminator(which):
     """Frozen all the same, and the gradient reaches the picture through them."""
-    eyes = discriminator.Features(models.features("glyphs", which=which))
+    eyes = discriminator.Features(models.features("tiny", "glyphs", which))
     assert not list(eyes.parameters()) and eyes.summary(torch.zeros(2, 3, 32, 32)).shape == (2, eyes.width)
     picture = torch.rand(2, 3, 32, 32, requires_grad=True)
     for critic in (build_critic("relative", eyes, 16), build_critic("similarity", eyes, 16)):
@@ -296,6 +296,6 @@ def test_eyes_that_never_learned_differ_from_seed_to_seed_and_from_those_that_di
     seen = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        seen.append(models.features("glyphs", which="random")(image)[0][-1])
+        seen.append(models.features("tiny", "glyphs", "random")(image)[0][-1])
     assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=.1)
-    assert not torch.allclose(seen[0], models.features("glyphs")(image)[0][-1], atol=.1)
+    assert not torch.allclose(seen[0], models.features("tiny", "glyphs")(image)[0][-1], atol=.1)
