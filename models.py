@@ -322,9 +322,8 @@ class Latent(Denoiser):
         """LoRA: a file for `pipe.load_lora_weights(out)`. The whole network: a pipeline folder, in which
         everything else is as it came."""
         if self.rank:
-            from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
+            layers = get_peft_model_state_dict(self.network)
             self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": layers})
         else:
             whole = self.pipeline.from_pretrained(self.source, **{self.part: self.network})

@@ -1,0 +1,352 @@
+"""Stable Diffusion 1.5, XL and 3 in the same loop: the real classes with a few random weights, beside the plain
+diffusers pipelines. Nothing is downloaded."""
+
+import hashlib
+import json
+
+import pipelines
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from test_data import folder
+
+import add
+import adt
+import data
+import discriminator
+import evaluate
+import models
+import train
+
+FAMILIES = "sd15", "sdxl", "sd3"
+CAPTIONS = ["a red fox", "two blue boats"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with the three pipelines, DINOv2 and some captioned pictures."""
+    home = tmp_path_factory.mktemp("world")
+    for name in FAMILIES:
+        pipelines.make(name, home)
+    pipelines.dino(home / "dino")
+    folder(home / "pictures")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def shelf(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "half_precision", lambda: torch.autocast("cpu", enabled=False))
+
+
+def build(world, name, rank=0):
+    model = models.build(name, "", world / name, pipelines.SIZE)
+    if rank:
+        torch.manual_seed(1)
+        model.adapt(rank)
+        with torch.no_grad():
+            for weight in adapters(model):
+                weight.normal_(0, .1)                        # B starts at zero: such adapters change nothing
+    return model
+
+
+def adapters(model):
+    return [weight for weight in model.network.parameters() if weight.requires_grad]
+
+
+def command(world, name, *arguments):
+    return ["--model", name, "--weights", str(world / name), "--features", str(world / "dino"), "--data",
+            str(world / "pictures"), "--size", str(pipelines.SIZE), "--samples", "0", "--set", "batch=2",
+            *arguments]
+
+
+def prepared(world, name, method, out, *arguments):
+    short = [] if method == "add" else ["--set", "path_steps=3", "--set", "train_steps=2"]
+    return train.prepare(train.parse(command(world, name, "--method", method, "--steps", "4", "--out", str(out),
+                                             "--set", "warmup_d=0", *short, *arguments))[1])[2]
+
+
+def fingerprint(module):
+    content = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        content.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    return content.hexdigest()
+
+
+# --------------------------------------------------------------------------------------- beside the pipelines
+
+def plain(pipe, captions, noise, steps, guidance):
+    """What the plain pipeline draws, from our noise, along the same times -> (B, 3, H, W) in [-1, 1]."""
+    extra = {}
+    if hasattr(pipe, "transformer"):
+        extra = {"sigmas": [1 - i / steps for i in range(steps)]}
+    else:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing",
+                                                   set_alpha_to_one=True, clip_sample=False, steps_offset=0)
+        extra = {"num_inference_steps": steps}
+    pipe.set_progress_bar_config(disable=True)
+    side = pipelines.SIZE
+    return pipe(captions, latents=noise.clone(), guidance_scale=guidance, output_type="pt", height=side,
+                width=side, **extra).images * 2 - 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_path_draws_what_the_plain_pipeline_draws(world, name):
+    model = build(world, name)
+    noise = torch.randn(2, *model.shape, generator=torch.Generator().manual_seed(5))
+    theirs = plain(DiffusionPipeline.from_pretrained(world / name), CAPTIONS, noise, 4, 3.)
+    ours = evaluate.sample(model, CAPTIONS, 4, guidance=3., seed=5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
+    assert ours.std() > .05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encode_and_decode_carry_the_vaes_scale_and_shift(world, name):
+    model = build(world, name)
+    picture = torch.rand(2, 3, pipelines.SIZE, pipelines.SIZE) * 2 - 1
+    torch.manual_seed(0)
+    z = model.encode(picture)
+    assert z.shape[1:] == model.shape
+    torch.manual_seed(0)
+    raw = torch.cat([model.vae.encode(one).latent_dist.sample() for one in picture.split(1)])
+    config = model.vae.config
+    torch.testing.assert_close(z, (raw - (config.shift_factor or 0)) * config.scaling_factor)
+    torch.testing.assert_close(model.decode(z), model.vae.decode(raw).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_keeps_one_pictures_graph_and_the_right_gradient(world):
+    model = build(world, "sd15")
+    z = torch.randn(3, *model.shape, requires_grad=True)
+    alive = []
+    def size(batch):
+        held = 0
+        def pack(tensor):
+            nonlocal held
+            held += tensor.numel()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            picture = model.decode(z[:batch])
+        return held, picture
+    for batch in (1, 3):
+        held, picture = size(batch)
+        alive.append(held)
+    assert alive[1] < 4 * alive[0] < 1e5                     # latents alone, not the decoder's maps
+    picture.square().sum().backward()
+    direct = z.detach().clone().requires_grad_()
+    model.vae.decode(direct / model.vae.config.scaling_factor).sample.square().sum().backward()
+    torch.testing.assert_close(z.grad, direct.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction,target", [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")])
+def test_the_prediction_type_is_the_schedulers(tmp_path, prediction, target):
+    model = models.build("sd15", "", pipelines.make("sd15", tmp_path, prediction), pipelines.SIZE)
+    assert model.target == target and model.T == 1000 and model.time.tolist() == list(range(1000))
+
+
+def test_tables_run_from_clean_to_noisy_and_the_flows_shift_is_in_once(world):
+    for name in FAMILIES:
+        model = build(world, name)
+        assert (model.sigma.diff() > 0).all() and (model.alpha.diff() < 0).all()
+    u = torch.arange(1, 1001) / 1000
+    torch.testing.assert_close(model.sigma, 3 * u / (1 + 2 * u))
+    torch.testing.assert_close(model.time, 1000 * model.sigma)
+    assert model.alpha[-1] == 0
+
+
+# ------------------------------------------------------------------------------------------------- captions
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_captions_are_read_once_kept_on_disk_and_the_encoders_may_go(world, name, monkeypatch):
+    model = build(world, name)
+    asked = []
+    ask = model.ask
+    monkeypatch.setattr(model, "ask", lambda captions: asked.extend(captions) or ask(captions))
+    first = model.condition([*CAPTIONS, CAPTIONS[0]])
+    assert asked == CAPTIONS and torch.equal(first["text"][0], first["text"][2])
+    assert not torch.equal(first["pooled"][0], first["pooled"][1])
+    again = build(world, name)                               # another process, the same disk
+    monkeypatch.setattr(again, "ask", None)
+    again.close()
+    for key, value in again.condition(CAPTIONS).items():
+        assert torch.equal(value, first[key][:2])
+    with pytest.raises(ValueError, match="never read 'a green hat'"):
+        again.condition(["a green hat"])
+    assert all(part not in type(module).__name__.lower() for module in again.modules()
+               for part in ("clip", "t5"))                   # no text encoder is part of the model
+
+
+def test_sd15s_pooled_caption_is_clips_own(world):
+    model = build(world, "sd15")
+    pipe = model.outside[0]
+    ids = pipe.tokenizer(CAPTIONS, padding="max_length", return_tensors="pt").input_ids
+    torch.testing.assert_close(model.condition(CAPTIONS)["pooled"], pipe.text_encoder(ids).pooler_output)
+
+
+def test_sdxl_is_told_what_size_a_photograph_had(world):
+    model, seen = build(world, "sdxl"), []
+    model.network.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True)
+    x, t = torch.randn(2, *model.shape), torch.tensor([10, 500])
+    frame = torch.tensor([[640, 480, 8, 0], [64, 64, 0, 0]])
+    model.predict(x, t, model.condition(CAPTIONS, frame), model.condition([""]), 3.)
+    model.predict(x, t, model.condition(CAPTIONS))
+    side = pipelines.SIZE
+    told = [[640, 480, 8, 0, side, side], [64, 64, 0, 0, side, side]]
+    assert seen[0].tolist() == 2 * told and seen[1].tolist() == 2 * [[side, side, 0, 0, side, side]]
+
+
+# ------------------------------------------------------------------------------------------------- DINOv2
+
+def test_dino_sees_pictures_of_any_size_and_passes_gradients(world):
+    eyes = discriminator.Features(models.features("sd15", "", folder=world / "dino"))
+    for side, tokens in ((14, 1), (64, 5), (100, 7)):        # 64 pixels are nearly five patches of 14
+        image = torch.rand(2, 3, side, side, requires_grad=True)
+        maps = eyes(image)
+        assert all(m.shape == (2, 32, tokens, tokens) for m in maps) and len(maps) == len(eyes.layers)
+        sum(m.square().sum() for m in maps).backward()
+        assert image.grad.abs().min() > 0
+    assert eyes.summary(image).shape == (2, 32) and not list(eyes.parameters())
+
+
+def test_dino_is_transformers_own(world):
+    from transformers import Dinov2Model
+    body = Dinov2Model.from_pretrained(world / "dino").eval()
+    image = torch.rand(2, 3, 28, 28) * 2 - 1
+    maps, cls = models.features("sd15", "", folder=world / "dino").eval()(image)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((.485, .456, .406), (.229, .224, .225)))
+    with torch.no_grad():
+        theirs = body(((image + 1) / 2 - mean) / std).last_hidden_state
+        ours = body.layernorm(torch.cat([cls[-1][:, None], maps[-1].flatten(2).transpose(1, 2)], 1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+@pytest.mark.parametrize("rank", ["0", "4"])
+@pytest.mark.parametrize("method", ["adt", "add"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_moves_what_learns_and_nothing_else(world, tmp_path, name, method, rank):
+    run = prepared(world, name, method, tmp_path / "run", "--lora", rank)
+    frozen = [fingerprint(m) for m in (run.model.vae, run.critic.features)]
+    still = [w.clone() for w in run.model.network.parameters() if not w.requires_grad]
+    before = [[w.detach().clone() for w in group] for group in (run.weights, run.critic_weights)]
+    for _ in range(2):                                       # LoRA's first step moves its zero half alone
+        seen = run.step()
+    assert all(v == v for v in seen.values()) and seen["|grad|"] > 0 < seen["|grad D|"]
+    assert frozen == [fingerprint(m) for m in (run.model.vae, run.critic.features)]
+    assert all(torch.equal(a, b) for a, b in zip(still, (w for w in run.model.network.parameters()
+                                                         if not w.requires_grad)))
+    for group, now in zip(before, (run.weights, run.critic_weights)):
+        moved = [not torch.equal(a, b) for a, b in zip(group, now)]
+        assert sum(moved) >= .9 * len(moved)
+    assert bool(still) == (rank == "4") and all(w.grad is None for w in run.model.vae.parameters())
+
+
+@pytest.mark.parametrize("method", [adt, add])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_adversary_alone_reaches_every_adapter(world, name, method):
+    model = build(world, name, rank=2)
+    source = data.build(world / "pictures", pipelines.SIZE)
+    config = train.settle("add" if method is add else "adt", ["batch=2"], name)
+    if method is adt:
+        config.path_steps, config.train_steps, config.start = 3, 3, "text"
+    batch = source.batch(2, torch.Generator().manual_seed(0))
+    eyes = discriminator.Features(models.features(name, "", folder=world / "dino"))
+    critic = config.critic(eyes, model.condition(CAPTIONS)["pooled"].shape[1]).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    terms, _, _ = method.generator_loss(model, model.twin(), critic, batch, config)
+    terms["adv"].backward()
+    silent = [w.shape for w in adapters(model) if w.grad is None or w.grad.abs().max() == 0]
+    # SD 3's last block drops its text stream, and with it what only that stream could say
+    assert len(silent) <= (2 if name == "sd3" else 0), silent
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adds_teacher_is_the_student_with_its_adapters_off(world, name):
+    base, model = build(world, name), build(world, name, rank=4)
+    teacher = model.twin()
+    x, t = torch.randn(2, *model.shape), torch.tensor([900, 30])
+    with torch.no_grad():
+        said = [m.predict(x, t, m.condition(CAPTIONS)) for m in (base, teacher, model)]
+    assert torch.equal(said[0], said[1]) and not torch.allclose(said[1], said[2], atol=1e-3)
+    assert teacher.network is model.network and all(w.requires_grad for w in adapters(model))
+
+
+# ---------------------------------------------------------------------------------- results others can load
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_run_leaves_is_a_pipeline_or_lora_that_draws_the_same(world, tmp_path, name):
+    noise = torch.randn(2, *build(world, name).shape, generator=torch.Generator().manual_seed(5))
+    for rank in (0, 4):
+        model = build(world, name, rank)
+        if not rank:
+            with torch.no_grad():
+                for weight in model.network.parameters():
+                    weight.mul_(1.1)
+        out = tmp_path / f"{rank}"
+        out.mkdir()
+        model.keep(out, steps=1)
+        pipe = DiffusionPipeline.from_pretrained(world / name if rank else out / "pipeline")
+        if rank:
+            pipe.load_lora_weights(out)
+        ours = evaluate.sample(model, CAPTIONS, 4, guidance=2., seed=5)
+        torch.testing.assert_close(ours, plain(pipe, CAPTIONS, noise, 4, 2.), rtol=0, atol=2e-3)
+        untouched = evaluate.sample(build(world, name), CAPTIONS, 4, guidance=2., seed=5)
+        assert (ours - untouched).abs().max() > .01
+
+
+@pytest.mark.parametrize("name,method,rank", [("sd15", "adt", "0"), ("sdxl", "diffusion", "4"),
+                                              ("sd3", "add", "4")])
+def test_the_command_a_user_types(world, tmp_path, name, method, rank):
+    short = [] if method == "add" else ["--set", "path_steps=2", "--set", "train_steps=1"]
+    out = tmp_path / "run"
+    train.main(command(world, name, "--method", method, "--steps", "2", "--out", str(out), "--lora", rank, *short))
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert (out / "samples_000002.png").stat().st_size > 0
+    result = "pytorch_lora_weights.safetensors" if rank == "4" else "pipeline/model_index.json"
+    assert (out / result).stat().st_size > 0
+    plan = evaluate.read_plan(out / "config.json")
+    assert plan["model"] == name and plan["lora"] == int(rank)
+    train.main(["--resume", str(out), "--steps", "3", "--samples", "0"])
+    assert len((out / "log.jsonl").read_text().splitlines()) == 3
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+def test_what_cannot_be_loaded_is_one_sentence(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    empty, half = tmp_path / "empty", tmp_path / "half"
+    empty.mkdir()
+    pipelines.make("sd15", tmp_path / "other")
+    (tmp_path / "other" / "sd15").rename(half)
+    (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    cut = tmp_path / "cut"
+    pipelines.make("sd15", tmp_path / "more")
+    (tmp_path / "more" / "sd15").rename(cut)
+    file = cut / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    for change, wanted in ((["--weights", str(empty)], "wanted a diffusers folder"),
+                           (["--weights", str(world / "sdxl")], "holds a StableDiffusionXLPipeline"),
+                           (["--weights", "./nowhere"], "no such folder, and no hub id either"),
+                           (["--weights", "nobody/nothing-of-that-name"], "hf auth login"),
+                           (["--weights", str(half)], "complete it, or copy it again"),
+                           (["--weights", str(cut)], "complete it, or copy it again"),
+                           (["--features", str(empty)], "cannot load DINOv2"),
+                           (["--size", "30"], "wanted a multiple of"),
+                           (["--set", "features=cnn"], "features=vit (DINOv2) or random"),
+                           (["--lora", "4", "--set", "init=random"], "exclude each other")):
+        with pytest.raises(SystemExit) as stop:
+            train.main(command(world, "sd15", "--out", str(tmp_path / "run"), *change))
+        error = capsys.readouterr().err.strip().split("\n")[-1]
+        assert stop.value.code == 2 and wanted in error and "Traceback" not in error, (change, error)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--lora", "4", "--out", str(tmp_path / "run"), "--samples", "0"])
+    assert stop.value.code == 2 and "--lora is for sd15" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_names_the_source_of_every_preset():
+    for method in ("adt", "add"):
+        for name in FAMILIES:
+            config = train.settle(method, [], name)
+            assert json.dumps(train.provenance(config)) and config.batch <= 4
