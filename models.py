@@ -321,13 +321,26 @@ class Latent(Denoiser):
     def keep(self, out, **facts):
         """LoRA: a file for `pipe.load_lora_weights(out)`. The whole network: a pipeline folder, in which
         everything else is as it came."""
-        if self.rank:
-            from peft import get_peft_model_state_dict
-            layers = get_peft_model_state_dict(self.network)
-            self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": layers})
-        else:
-            whole = self.pipeline.from_pretrained(self.source, **{self.part: self.network})
-            whole.save_pretrained(out / "pipeline")
+        parts = {self.part: self.network}
+        if "fresh" in facts["rows"][0][1]:                   # a student
+            parts["scheduler"] = self.few_step_scheduler(max(steps for steps, _ in facts["rows"]))
+        if not self.rank:
+            return self.pipeline.from_pretrained(self.source, **parts).save_pretrained(out / "pipeline")
+        from peft import get_peft_model_state_dict
+        layers = get_peft_model_state_dict(self.network)
+        self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": layers})
+        if "scheduler" in parts:
+            parts["scheduler"].save_pretrained(out / "scheduler")
+
+    def few_step_scheduler(self, steps):
+        """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under the
+        name of consistency models. A flow's must still be told where to stop: pipe(sigmas=[1, .75, .5, .25])."""
+        import diffusers
+        if self.target == "flow":
+            return diffusers.FlowMatchLCMScheduler.from_pretrained(self.source, subfolder="scheduler")
+        return diffusers.LCMScheduler.from_pretrained(
+            self.source, subfolder="scheduler", original_inference_steps=steps, timestep_spacing="trailing",
+            clip_sample=False, rescale_betas_zero_snr=False)
 
 
 class SD15(Latent):
@@ -515,6 +528,9 @@ def pipeline(model, weights, size):
     """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
     is missing, refused or half there is one sentence."""
     import diffusers
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     adapter, name, home, _ = FAMILIES[model]
     source = str(weights or home)
     index = Path(source) / "model_index.json"
@@ -533,7 +549,6 @@ def pipeline(model, weights, size):
                 f"accept its licence at https://huggingface.co/{source} and log in (`hf auth login`), "
                 "or name a local diffusers folder with --weights")
         raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
-    pipe.set_progress_bar_config(disable=True)
     return adapter(pipe, size or pixels(model), source)
 
 

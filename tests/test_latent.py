@@ -16,6 +16,7 @@ import data
 import discriminator
 import evaluate
 import models
+import sampler
 import train
 
 FAMILIES = "sd15", "sdxl", "sd3"
@@ -285,7 +286,7 @@ def test_what_a_run_leaves_is_a_pipeline_or_lora_that_draws_the_same(world, tmp_
                     weight.mul_(1.1)
         out = tmp_path / f"{rank}"
         out.mkdir()
-        model.keep(out, steps=1)
+        model.keep(out, steps=1, rows=[(10, {})])
         pipe = DiffusionPipeline.from_pretrained(world / name if rank else out / "pipeline")
         if rank:
             pipe.load_lora_weights(out)
@@ -293,6 +294,26 @@ def test_what_a_run_leaves_is_a_pipeline_or_lora_that_draws_the_same(world, tmp_
         torch.testing.assert_close(ours, plain(pipe, CAPTIONS, noise, 4, 2.), rtol=0, atol=2e-3)
         untouched = evaluate.sample(build(world, name), CAPTIONS, 4, guidance=2., seed=5)
         assert (ours - untouched).abs().max() > .01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_students_leaps_are_the_saved_schedulers(world, tmp_path, name):
+    model = build(world, name)
+    model.keep(tmp_path, steps=1, rows=[(n, {"fresh": 1., "last": 1.}) for n in (1, 2, 4)])
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert "LCM" in type(pipe.scheduler).__name__
+    for steps in (1, 2, 4):
+        noise, side = torch.randn(2, *model.shape), pipelines.SIZE
+        extra = ({"sigmas": [1 - i / steps for i in range(steps)]} if name == "sd3" else
+                 {"num_inference_steps": steps})
+        with torch.no_grad():
+            torch.manual_seed(5)                             # SD 3's pipeline gives its scheduler no generator
+            ours = model.decode(sampler.few_step(model, noise, sampler.timeline(model.T, steps),
+                                                 model.condition(CAPTIONS))).clamp(-1, 1)
+        torch.manual_seed(5)
+        theirs = pipe(CAPTIONS, latents=noise, guidance_scale=1., output_type="pt", height=side, width=side,
+                      **extra).images * 2 - 1
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("name,method,rank", [("sd15", "adt", "0"), ("sdxl", "diffusion", "4"),
