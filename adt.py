@@ -39,7 +39,7 @@ class Config:
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
     features: Annotated[Literal["vit", "cnn", "random"], "paper: the frozen eyes; DINOv2's place"] = "vit"
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.05
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
@@ -48,12 +48,12 @@ class Config:
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
-    beta1: Annotated[float, "ours: momentum of the generator"] = 0.9
-    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 1e-3
+    beta1: Annotated[float, "ours: no momentum in the generator: the game would circle"] = 0.0
+    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 5e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
-    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 1
+    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 3
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
 
@@ -86,21 +86,21 @@ class Config:
 # What large models want otherwise. Secondary: rates, clipping, path and guidance of CoMat, by the same
 # authors, for SD 1.5 and XL. Paper: the image start. Ours: the rest, SD 3's numbers among it.
 LATENT = dict(path_steps=50, train_steps=5, guidance=7.5, start="image", variant="similarity", batch=4,
-              clip=.1, augment=1., checkpoint=True, warmup_d=100, ema=.999)
+              clip=.1, beta1=.9, steps_d=1, augment=1., checkpoint=True, warmup_d=100, ema=.999)
 PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
            "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal")}
 
 
-def simulate(model, x0, cond, uncond, config):
+def simulate(model, x0, cond, uncond, config, luck=None):
     """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
-    from there. One draw for the whole batch. -> x0_hat (B, C, h, w), with the constrained gradient."""
+    from there. One draw for the whole batch (luck). -> x0_hat (B, C, h, w), with the constrained gradient."""
     times = config.path(model.T)
     most = min(config.starts or config.path_steps, config.path_steps)
-    first = int(torch.randint(most, ())) if config.start == "image" else 0
+    first = int(torch.randint(most, (), generator=luck)) if config.start == "image" else 0
     times = times[first:]                                    # ADT start: t_s uniform over the path
     eps = torch.randn_like(x0)
     x = eps if config.start == "text" else model.add_noise(x0, times[:1].to(x0.device), eps)
-    chosen = sampler.pick_steps(len(times), config.train_steps, config.pick)
+    chosen = sampler.pick_steps(len(times), config.train_steps, config.pick, luck)
     return sampler.rollout(model, x, times, cond, uncond, config.guidance, chosen, config.leak,
                            config.checkpoint)
 
@@ -125,7 +125,8 @@ def generator_loss(model, teacher, critic, batch, config):
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:
         return {"diff": config.lambda_diff * diff}, None, cond["pooled"]
-    fake = discriminator.visible(model.decode(simulate(model, x0, cond, uncond, config)))    # with gradient
+    x0_hat = simulate(model, x0, cond, uncond, config, batch.luck)
+    fake = discriminator.visible(model.decode(x0_hat))                                       # with gradient
     adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))
     terms = {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}         # ADT L_G: their sum
     return terms, fake, cond["pooled"]

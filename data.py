@@ -34,23 +34,25 @@ SIZE = 32                                                    # pixels, both side
 class Batch:
     """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has
     none · named (B, A) bool: the caption says so. Only named attributes can be asked of a model.
-    frame (B, 4): height and width a photograph once had, what was cut off above and left of it; or None."""
+    frame (B, 4): height and width a photograph once had, what was cut off above and left of it; or None.
+    luck: for what all micro-batches of a step draw alike, a path's length; None draws from torch's own."""
     image: torch.Tensor
     caption: list
     truth: torch.Tensor
     named: torch.Tensor
     frame: torch.Tensor | None = None
+    luck: torch.Generator | None = None
 
     def __getitem__(self, rows):
         return Batch(self.image[rows], self.caption[rows], self.truth[rows], self.named[rows],
-                     None if self.frame is None else self.frame[rows])
+                     None if self.frame is None else self.frame[rows], self.luck)
 
     def to(self, device, size=None):
         """On a device, and at the size of the model's pictures: the embedded ones have 32 pixels."""
         image = self.image.to(device)
         if size and size != image.shape[-1]:
             image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return Batch(image, self.caption, self.truth, self.named, self.frame)
+        return Batch(image, self.caption, self.truth, self.named, self.frame, self.luck)
 
 
 # ------------------------------------------------------------------------------------------------ glyphs

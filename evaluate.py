@@ -22,7 +22,7 @@ import sampler
 
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
-PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "seed", "steps", "set")  # of a run
+PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "shard", "seed", "steps", "set")
 BASE_ROWS = [(1, {}), (4, {}), (10, {}), (25, {})]           # (steps, sampler settings) where none are said
 
 

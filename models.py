@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 import networks
+import parallel
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -33,6 +34,7 @@ class Denoiser(nn.Module):
     network: nn.Module                                      # what training changes; everything else is frozen
     size: int                                               # of a picture, pixels
     shape: tuple                                            # of a latent picture, (C, h, w)
+    heavy = False                                           # its pictures and checkpoints take minutes
     at_once = 100                                           # pictures that are drawn together
 
     def __init__(self, target, alpha, sigma, time):
@@ -217,7 +219,7 @@ class Latent(Denoiser):
     """What the three families share: a network and a VAE from a diffusers pipeline, and captions that are
     encoded once. The pipeline stays outside the module tree, and its text encoders leave when they have read
     everything (`close`)."""
-    at_once = 4
+    heavy, at_once = True, 4
 
     def __init__(self, pipe, size, source):
         super().__init__(*schedule(pipe.scheduler))
@@ -321,20 +323,24 @@ class Latent(Denoiser):
     def keep(self, out, **facts):
         """LoRA: a file for `pipe.load_lora_weights(out)`. The whole network: a pipeline folder, in which
         everything else is as it came."""
-        parts = {self.part: self.network}
-        if "fresh" in facts["rows"][0][1]:                   # a student
-            parts["scheduler"] = self.few_step_scheduler(max(steps for steps, _ in facts["rows"]))
-        if not self.rank:
-            return self.pipeline.from_pretrained(self.source, **parts).save_pretrained(out / "pipeline")
         from peft import get_peft_model_state_dict
-        layers = get_peft_model_state_dict(self.network)
-        self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": layers})
-        if "scheduler" in parts:
-            parts["scheduler"].save_pretrained(out / "scheduler")
+        state = get_peft_model_state_dict(self.network) if self.rank else self.network.state_dict()
+        state = parallel.whole(state)
+        if parallel.rank() > 0:
+            return
+        student = "fresh" in facts["rows"][0][1]
+        scheduler = self.few_step_scheduler(max(steps for steps, _ in facts["rows"])) if student else None
+        if self.rank:
+            self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state})
+            scheduler and scheduler.save_pretrained(out / "scheduler")
+        else:
+            pipe = self.pipeline.from_pretrained(self.source, **({"scheduler": scheduler} if student else {}))
+            getattr(pipe, self.part).load_state_dict(state)
+            pipe.save_pretrained(out / "pipeline")
 
     def few_step_scheduler(self, steps):
-        """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under the
-        name of consistency models. A flow's must still be told where to stop: pipe(sigmas=[1, .75, .5, .25])."""
+        """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under
+        the name of consistency models. A flow's must be told its stops: pipe(sigmas=[1, .75, .5, .25])."""
         import diffusers
         if self.target == "flow":
             return diffusers.FlowMatchLCMScheduler.from_pretrained(self.source, subfolder="scheduler")
@@ -402,7 +408,7 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
 
 def device():
     """Where everything runs."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
 
 
 def half_precision():
@@ -419,7 +425,9 @@ def save(module, path, **facts):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    state = {k: v.detach().half().contiguous() for k, v in module.state_dict().items()}
+    state = {k: v.half().contiguous() for k, v in parallel.whole(module.state_dict()).items()}
+    if parallel.rank() > 0:
+        return
     save_file(state, partial, {k: json.dumps(v) for k, v in facts.items()})
     partial.replace(path)
 

@@ -69,13 +69,13 @@ STUDIES = {
     "adt": Study([
         Row("diffusion loss alone, as many minutes", method="diffusion", steps=2500),
         Row("ADT, siamese"),
-        Row("ADT, unpaired (projected)", ["variant=projected", "lambda_adv=0.1"]),
-        Row("ADT, siamese, three times as long", steps=1500)],
+        Row("ADT, unpaired (projected)", ["variant=projected"]),
+        Row("ADT, siamese, three times as long", steps=900)],
         base=[*TEN, *OTHER_PATHS, (50, {}), (50, {"guidance": 2.})], at=TEN, also=OTHER_PATHS, seeds=3),
     "adt-ablations": Study([
         Row("ADT, as it is"),
         Row("no diffusion loss", ["lambda_diff=0"]),
-        Row("unpaired discriminator", ["variant=projected", "lambda_adv=0.1"]),
+        Row("unpaired discriminator", ["variant=projected"]),
         Row("similarity discriminator", ["variant=similarity"]),
         Row("image-to-image start", ["start=image"]),
         Row("gradient through inputs", ["leak=1"]),

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pickle
 import time
 import typing
@@ -26,10 +27,11 @@ import data
 import discriminator
 import evaluate
 import models
+import parallel
 import sampler
 
 # name: the module, the settings that make the method, the default length of a run
-METHODS = {"adt": (adt, {}, 500), "add": (add, {}, 450), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
+METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 450), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
 SAMPLES = 2000                                               # pictures that a run is examined on
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
@@ -84,7 +86,7 @@ def provenance(config):
 def gradient_norm(weights, before):
     """Norm of what was added to the gradients since `before`: one loss term's own."""
     pairs = [(w.grad, b) for w, b in zip(weights, before) if w.grad is not None]
-    return float(torch.stack([(now - then).norm() for now, then in pairs]).norm())
+    return float(torch.stack([parallel.whole((now - then).norm()) for now, then in pairs]).norm())
 
 
 class Run:
@@ -95,8 +97,8 @@ class Run:
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
         self.warmup = min(config.warmup_d, steps // 4)
-        self.shards = range(config.accumulate)
-        self.total = config.accumulate
+        self.total = config.accumulate * parallel.world()
+        self.shards = range(self.total)[parallel.rank() * config.accumulate:][:config.accumulate]
         self.weights = [w for w in model.network.parameters() if w.requires_grad]
         self.average = [w.detach().clone() for w in self.weights]
         self.critic_weights = list(critic.parameters())
@@ -139,8 +141,9 @@ class Run:
 
     def draw(self, shard):
         """The pictures and captions of a micro-batch."""
-        random = torch.Generator().manual_seed(self.dice(shard, "data"))
-        return self.source.batch(self.config.batch, random).to(self.model.alpha.device, self.model.size)
+        batch = self.source.batch(self.config.batch, torch.Generator().manual_seed(self.dice(shard, "data")))
+        batch.luck = torch.Generator().manual_seed(self.dice("path"))
+        return batch.to(self.model.alpha.device, self.model.size)
 
     def generate(self, shard, batch, learns):
         """The generator's half, one micro-batch: its gradients -> figures, the picture, and what the
@@ -156,7 +159,8 @@ class Run:
             for name, term in terms.items():
                 before = [w.grad.clone() if w.grad is not None else torch.zeros_like(w) for w in self.weights]
                 (term / self.total).backward(retain_graph=name != last)
-                seen[f"|grad {name}|"] = self.total * gradient_norm(self.weights, before)
+                scale = self.config.accumulate if parallel.sharded(self.weights[0]) else self.total
+                seen[f"|grad {name}|"] = scale * gradient_norm(self.weights, before)
         elif learns:
             (sum(terms.values()) / self.total).backward()
         return seen, None if fake is None else fake.detach(), known
@@ -173,7 +177,8 @@ class Run:
 
     def improve(self, optimiser, weights, clip, name):
         """One step of an optimiser -> its gradient's norm, before it was clipped."""
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf")))
+        parallel.add_up([w.grad for w in weights if w.grad is not None])
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
         self.finite({name: norm})
         optimiser.step()
         return {name: norm}
@@ -184,8 +189,11 @@ class Run:
         return int.from_bytes(hashlib.sha256(repr((self.seed, self.done, *words)).encode()).digest()[:8])
 
     def mean(self, rows):
-        """Figures of every micro-batch -> their mean."""
-        seen = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        """Figures of every micro-batch -> their mean over all of them, everywhere."""
+        values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0) / self.total
+        values = values.to(self.model.alpha.device)
+        parallel.add_up([values])
+        seen = dict(zip(rows[0], values.tolist()))
         self.finite(seen)
         return seen
 
@@ -198,15 +206,18 @@ class Run:
 
     def state(self):
         """Everything the next step depends on."""
-        return {"weights": [w.detach() for w in self.weights], "average": self.average, "done": self.done,
-                **{name: getattr(self, name).state_dict() for name in ("critic", "opt_g", "opt_d")}}
+        return parallel.whole({"weights": [w.detach() for w in self.weights], "average": self.average,
+                               "done": self.done, **{name: getattr(self, name).state_dict()
+                                                     for name in ("critic", "opt_g", "opt_d")}})
 
     def restore(self, state):
         for own, saved in ((self.weights, state["weights"]), (self.average, state["average"])):
             if [w.shape for w in own] != [w.shape for w in saved]:
                 raise RuntimeError("it holds another network's weights")
             with torch.no_grad():
-                torch._foreach_copy_(own, saved)
+                torch._foreach_copy_(own, [parallel.like(s, w) for s, w in zip(saved, own)])
+        for i, moments in state["opt_g"]["state"].items():
+            state["opt_g"]["state"][i] = {k: parallel.like(v, self.weights[i]) for k, v in moments.items()}
         for name in ("critic", "opt_g", "opt_d"):
             getattr(self, name).load_state_dict(state[name])
         self.done = state["done"]
@@ -214,9 +225,11 @@ class Run:
     @contextmanager
     def averaged(self):
         """The model with its averaged weights, the ones that are kept, shown and measured; then as it was."""
+        @torch.no_grad()
         def swap():
             for weight, average in zip(self.weights, self.average):
-                weight.data, average.data = average.data, weight.data
+                kept = weight.clone()
+                weight.copy_(average), average.copy_(kept)
         swap()
         try:
             yield self.model
@@ -232,25 +245,32 @@ def write(path, text):
 
 
 def save(run, out, facts):
-    """One checkpoint with everything, and the result in the form `--weights` takes."""
-    partial = out / "checkpoint.part"
-    torch.save(run.state(), partial)
-    partial.replace(out / "checkpoint.pt")
-    with run.averaged() as model:
-        model.keep(out, steps=run.done, **facts)
+    """One checkpoint with everything, and the result in a form that others load (a heavy one at the end)."""
+    state = run.state()
+    if parallel.rank() == 0:
+        partial = out / "checkpoint.part"
+        torch.save(state, partial)
+        partial.replace(out / "checkpoint.pt")
+    if run.done == run.steps or not run.model.heavy:
+        with run.averaged() as model:
+            model.keep(out, steps=run.done, **facts)
 
 
-def loop(run, out, facts, grid, every=50):
-    """Steps until done: log every step, a picture from fixed noise every `every`,
-    a checkpoint once a minute."""
+def loop(run, out, facts, grid):
+    """Steps until done: log every step, now and then a picture from fixed noise and a checkpoint. Process 0
+    writes; the others draw and save along with it, for they may hold a share of the weights."""
+    every, seconds = (500, 900) if run.model.heavy else (50, 60)
+    writes = parallel.rank() == 0
     log_path = out / "log.jsonl"
     lines = log_path.read_text().splitlines() if log_path.exists() else []
     log = [json.loads(line) for line in lines[:run.done]]    # what came after the checkpoint happens again
-    write(log_path, "".join(json.dumps(row) + "\n" for row in log))
+    if writes:
+        write(log_path, "".join(json.dumps(row) + "\n" for row in log))
     began = last = time.time()
     before = log[-1]["seconds"] if log else 0.
-    bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1)
-    with open(log_path, "a", buffering=1) as file:
+    bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1,
+               disable=not writes)
+    with open(log_path if writes else os.devnull, "a", buffering=1) as file:
         for step in bar:
             seen = run.step()
             log.append({"step": step, **{k: float(f"{v:.5g}") for k, v in seen.items()},
@@ -259,9 +279,11 @@ def loop(run, out, facts, grid, every=50):
             bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D") if k in seen}, refresh=False)
             if (step + 1) % every == 0 or step + 1 == run.steps:
                 with run.averaged() as model:
-                    evaluate.picture([(f"step {step + 1}", grid(model))], out / f"samples_{step + 1:06d}.png")
-                evaluate.curves(log, out / "curves.png")
-            if time.time() - last > 60 or step + 1 == run.steps:
+                    drawn = grid(model)
+                if writes:
+                    evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
+                    evaluate.curves(log, out / "curves.png")
+            if parallel.agree(time.time() - last > seconds or step + 1 == run.steps):
                 save(run, out, facts)
                 last = time.time()
 
@@ -278,6 +300,8 @@ def parse(argv=None):
     parser.add_argument("--features", help="folder or hub id of the discriminator's frozen network "
                         "(default: the shipped one; for real models facebook/dinov2-small)")
     parser.add_argument("--size", type=int, help="pixels, both sides (default: what the model was made for)")
+    parser.add_argument("--shard", action="store_true",
+                        help="with torchrun: spread the weights over all processes (FSDP2)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK",
                         help="train adapters of this rank instead of the whole network (real models)")
     parser.add_argument("--steps", type=int,
@@ -341,11 +365,19 @@ def prepare(arguments):
     critic = config.critic(discriminator.Features(eyes), text_width)
     if plan["lora"]:
         model.adapt(plan["lora"])
-    base = model.twin()
+    base = model.twin().to(models.device())
     if config.init == "random":
         model.forget()
-    run = Run(model.to(models.device()), base.to(models.device()), critic.to(models.device()),
-              METHODS[plan["method"]][0], config, source, plan["steps"], plan["seed"])
+    model.to(models.device())
+    if plan["shard"]:
+        if getattr(config, "own", 0):
+            raise ValueError("--shard wants own=0: all processes must call the network equally often")
+        if parallel.world() == 1:
+            raise ValueError("--shard spreads the weights over several processes: start them with torchrun")
+        for network in {model.network, base.network}:
+            parallel.shard(network)
+    run = Run(model, base, critic.to(models.device()), METHODS[plan["method"]][0], config, source,
+              plan["steps"], plan["seed"])
     if arguments.resume:
         try:
             run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
@@ -356,7 +388,7 @@ def prepare(arguments):
     n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
     if n > most and n == SAMPLES:
         n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
-    examiner = evaluate.Examiner(source, n, weights=plan["weights"]) if n else None
+    examiner = evaluate.Examiner(source, n, weights=plan["weights"]) if n and not model.heavy else None
     return plan, out, run, examiner
 
 
@@ -366,15 +398,21 @@ def report(run, examiner, out, captions):
         players = {"before": run.teacher, "after": model}
         rows, shown = evaluate.examine([(who, players[who], steps, settings)
                                         for who, steps, settings in run.config.rows()], captions, examiner)
-    write(out / "result.json", json.dumps(dict(rows), indent=1))
-    text = evaluate.table(rows)
-    write(out / "table.md", text + "\n")
+    if parallel.rank() > 0:
+        return
     evaluate.picture(shown, out / "before_after.png", captions)
-    print(f"\n{text}\n\nwrote {out}/before_after.png, table.md, curves.png, denoiser.safetensors")
+    if rows:
+        text = evaluate.table(rows)
+        write(out / "result.json", json.dumps(dict(rows), indent=1))
+        write(out / "table.md", text + "\n")
+        print(f"\n{text}\n")
+    print("wrote", ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith("samples")))
 
 
 def start(out, plan, run, resumed):
     """Make the run folder: config.json, and nothing left of a run that is being replaced."""
+    if parallel.rank() > 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
     if not resumed:
         for old in [*out.glob("*.png"), *out.glob("*.jsonl"), *out.glob("*.json"), *out.glob("*.md"),
@@ -387,11 +425,12 @@ def start(out, plan, run, resumed):
 def main(argv=None):
     parser, arguments = parse(argv)
     try:
+        parallel.start()
         plan, out, run, examiner = prepare(arguments)
         start(out, plan, run, bool(arguments.resume))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: {error}\n")
-    captions = run.source.batch(16, torch.Generator().manual_seed(7)).caption
+        parser.exit(2, f"train.py: {error}\n" * (parallel.rank() == 0))
+    captions = run.source.batch(4 if run.model.heavy else 16, torch.Generator().manual_seed(7)).caption
     rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
     facts = {"data": run.source.name, "rows": rows, **{key: plan[key] for key in ("method", "set", "seed")}}
     steps, settings = rows[0]
@@ -402,7 +441,7 @@ def main(argv=None):
         parser.exit(130, f"\nstopped after step {run.done}; go on with: python train.py --resume {out}\n")
     except ArithmeticError as error:
         parser.exit(1, f"\ntrain.py: {error}\n")
-    if examiner:
+    if arguments.samples:
         report(run, examiner, out, captions)
 
 

@@ -1,5 +1,5 @@
-"""Stable Diffusion 1.5, XL and 3 in the same loop: the real classes with a few random weights, beside the plain
-diffusers pipelines. Nothing is downloaded."""
+"""Stable Diffusion 1.5, XL and 3 in the same loop: the real classes with a few random weights, beside the
+plain diffusers pipelines. Nothing is downloaded."""
 
 import hashlib
 import json
@@ -63,8 +63,8 @@ def command(world, name, *arguments):
 
 def prepared(world, name, method, out, *arguments):
     short = [] if method == "add" else ["--set", "path_steps=3", "--set", "train_steps=2"]
-    return train.prepare(train.parse(command(world, name, "--method", method, "--steps", "4", "--out", str(out),
-                                             "--set", "warmup_d=0", *short, *arguments))[1])[2]
+    return train.prepare(train.parse(command(world, name, "--method", method, "--steps", "4", "--out",
+                                             str(out), "--set", "warmup_d=0", *short, *arguments))[1])[2]
 
 
 def fingerprint(module):
@@ -307,7 +307,7 @@ def test_the_students_leaps_are_the_saved_schedulers(world, tmp_path, name):
         extra = ({"sigmas": [1 - i / steps for i in range(steps)]} if name == "sd3" else
                  {"num_inference_steps": steps})
         with torch.no_grad():
-            torch.manual_seed(5)                             # SD 3's pipeline gives its scheduler no generator
+            torch.manual_seed(5)                             # SD 3's pipeline has no other
             ours = model.decode(sampler.few_step(model, noise, sampler.timeline(model.T, steps),
                                                  model.condition(CAPTIONS))).clamp(-1, 1)
         torch.manual_seed(5)
@@ -321,7 +321,8 @@ def test_the_students_leaps_are_the_saved_schedulers(world, tmp_path, name):
 def test_the_command_a_user_types(world, tmp_path, name, method, rank):
     short = [] if method == "add" else ["--set", "path_steps=2", "--set", "train_steps=1"]
     out = tmp_path / "run"
-    train.main(command(world, name, "--method", method, "--steps", "2", "--out", str(out), "--lora", rank, *short))
+    train.main(command(world, name, "--method", method, "--steps", "2", "--out", str(out), "--lora", rank,
+                       *short))
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert (out / "samples_000002.png").stat().st_size > 0
     result = "pytorch_lora_weights.safetensors" if rank == "4" else "pipeline/model_index.json"

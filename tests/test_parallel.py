@@ -1,0 +1,46 @@
+"""Two processes are one with twice the micro-batches: the same weights, the same log."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_latent import command, world  # noqa: F401
+
+
+def go(out, processes, *arguments):
+    """The command in one process, or in two under torchrun, on the CPU -> its checkpoint, its log."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                str(20000 + os.getpid() % 20000)] if processes == 2 else []
+    home = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out.parent)}
+    done = subprocess.run([sys.executable, *torchrun, "train.py", *arguments, "--out", str(out)], cwd=ROOT,
+                          text=True, capture_output=True, env=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return torch.load(out / "checkpoint.pt", weights_only=True), log
+
+
+@pytest.mark.parametrize("name,method,extra", [
+    ("tiny", "adt", []), ("sd15", "adt", ["--shard"]), ("sdxl", "add", ["--lora", "4"]), ("sd3", "add", ["--shard"])])
+def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, extra):
+    tiny = ["--method", method, "--samples", "0", "--set", "batch=1", "--set", "path_steps=2"]
+    big = ["--method", method, *([] if method == "add" else ["--set", "path_steps=2", "--set", "train_steps=2"])]
+    typed = tiny if name == "tiny" else [*command(request.getfixturevalue("world"), name), *big, *extra]
+    typed += ["--steps", "1", "--set", "warmup_d=0"]         # a second would start from roundings, in bf16
+    one, first = go(tmp_path / "one", 1, *(word for word in typed if word != "--shard"), "--set", "accumulate=2")
+    pair, second = go(tmp_path / "pair", 2, *typed)
+    most = 2e-2 if "--shard" in extra else 1e-5              # sharded, weights are cast to bf16 for every call
+    for key in ("opt_g", "opt_d"):                           # the gradients, as the optimisers remember them
+        a, b = (torch.cat([m["exp_avg"].flatten() for _, m in sorted(run[key]["state"].items())])
+                for run in (one, pair))
+        assert (a - b).norm() < most * a.norm()
+    for key in ("weights", "average"):
+        gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one[key], pair[key], strict=True)])
+        assert gaps.mean() < 1e-7 or "--shard" in extra
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds", "|grad adv|", "|grad diff|", "|grad distill|"}:    # each one's own
+            assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
