@@ -1,4 +1,4 @@
-"""Two processes are one with twice the micro-batches: the same weights, the same log."""
+"""Two processes are one with twice the micro-batches: the same gradients, the same weights, the same log."""
 
 import json
 import os
@@ -23,16 +23,16 @@ def go(out, processes, *arguments):
     return torch.load(out / "checkpoint.pt", weights_only=True), log
 
 
-@pytest.mark.parametrize("name,method,extra", [
-    ("tiny", "adt", []), ("sd15", "adt", ["--shard"]), ("sdxl", "add", ["--lora", "4"]), ("sd3", "add", ["--shard"])])
+@pytest.mark.parametrize("name,method,extra", [("tiny", "adt", []), ("sd15", "adt", ["--shard"]),
+                                               ("sdxl", "add", ["--lora", "4"]), ("sd3", "add", ["--shard"])])
 def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, extra):
-    tiny = ["--method", method, "--samples", "0", "--set", "batch=1", "--set", "path_steps=2"]
-    big = ["--method", method, *([] if method == "add" else ["--set", "path_steps=2", "--set", "train_steps=2"])]
-    typed = tiny if name == "tiny" else [*command(request.getfixturevalue("world"), name), *big, *extra]
-    typed += ["--steps", "1", "--set", "warmup_d=0"]         # a second would start from roundings, in bf16
-    one, first = go(tmp_path / "one", 1, *(word for word in typed if word != "--shard"), "--set", "accumulate=2")
-    pair, second = go(tmp_path / "pair", 2, *typed)
-    most = 2e-2 if "--shard" in extra else 1e-5              # sharded, weights are cast to bf16 for every call
+    typed = ["--samples", "0"] if name == "tiny" else command(request.getfixturevalue("world"), name)
+    short = ["--set", "path_steps=2", "--set", "train_steps=2"] if method == "adt" else []
+    typed += ["--method", method, "--steps", "1", "--set", "warmup_d=0", "--set", "batch=1", *short]
+    alone = [word for word in extra if word != "--shard"]
+    one, first = go(tmp_path / "one", 1, *typed, *alone, "--set", "accumulate=2")
+    pair, second = go(tmp_path / "pair", 2, *typed, *extra)
+    most = 2e-2 if "--shard" in extra else 1e-5              # sharded weights are cast to bf16 for every call
     for key in ("opt_g", "opt_d"):                           # the gradients, as the optimisers remember them
         a, b = (torch.cat([m["exp_avg"].flatten() for _, m in sorted(run[key]["state"].items())])
                 for run in (one, pair))
@@ -40,7 +40,8 @@ def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, ext
     for key in ("weights", "average"):
         gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one[key], pair[key], strict=True)])
         assert gaps.mean() < 1e-7 or "--shard" in extra
+    own = {"seconds", "|grad adv|", "|grad diff|", "|grad distill|"}          # measured in each process
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"seconds", "|grad adv|", "|grad diff|", "|grad distill|"}:    # each one's own
+        for key in a.keys() - own:
             assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
