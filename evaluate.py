@@ -17,56 +17,44 @@ import torch
 import torch.nn.functional as F
 
 import data
+import metrics
 import models
 import sampler
 
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
 PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "shard", "seed", "steps", "set")
+JUDGES = {"dino": "FD-DINOv2 (a Dinov2Model's folder or hub id)", "clip": "CLIP score and CMMD (a CLIPModel)",
+          "pickscore": "PickScore (a CLIPModel)", "hps": "HPSv2 (a CLIPModel)",
+          "aesthetics": "the LAION predictor's state dict, on top of --clip with ViT-L/14"}
 BASE_ROWS = [(1, {}), (4, {}), (10, {}), (25, {})]           # (steps, sampler settings) where none are said
 
 
 # ------------------------------------------------------------------------------------------------ samples
 
 @torch.no_grad()
-def sample(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, visit=None):
-    """Draw one picture per caption from fixed noise -> (B, 3, H, W) in [-1, 1]."""
+def draw(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, visit=None):
+    """One picture per caption from fixed noise, a few at a time: yields (b, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     # all noise at once: how many are drawn together changes nothing
     noise = torch.randn(len(captions), *model.shape, generator=generator).split(model.at_once)
-    times, pictures = sampler.timeline(model.T, steps, shift, last), []
+    times = sampler.timeline(model.T, steps, shift, last)
     uncond = model.condition([""])
     for i, x in enumerate(noise):
         cond = model.condition(captions[i * model.at_once:][:len(x)])
         with models.half_precision():
             x0 = sampler.rollout(model, x.to(model.alpha.device), times, cond, uncond, guidance, fresh=fresh,
                                  generator=generator, visit=visit)
-            pictures.append(model.decode(x0).clamp(-1, 1).float().cpu())
-    return torch.cat(pictures)
+            picture = model.decode(x0)
+        yield picture.clamp(-1, 1).float().cpu()
 
 
-# ---------------------------------------------------------------------------------------------- distances
-
-def frechet(a, b):
-    """Fréchet distance of two Gaussians fitted to (N, D) and (M, D):
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2); the trace by eigenvalues of the symmetric A^1/2 B A^1/2."""
-    a, b = a.double(), b.double()
-    A, B = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+def sample(model, captions, steps, **how):
+    """All pictures of `draw` -> (B, 3, H, W)."""
+    return torch.cat(list(draw(model, captions, steps, **how)))
 
 
-def precision_recall(real, made, k=3):
-    """Kynkäänniemi et al. 2019: the share of made features inside the real manifold (a union of
-    k-nearest-neighbour balls), and of real features inside the made one."""
-    def inside(points, centres):
-        # +1: a point is its own neighbour
-        radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values
-        return (torch.cdist(points, centres) <= radius).any(1).float().mean().item()
-    return inside(made, real), inside(real, made)
-
+# ----------------------------------------------------------------------------------------------- the exam
 
 class Examiner:
     """Real pictures, their captions and the judge, prepared once; then `measure` any model against them."""
@@ -95,24 +83,34 @@ class Examiner:
                 torch.cat([torch.stack([l.argmax(1) for l in logits], 1) for _, logits in seen]))
 
     def score(self, images):
-        """Pictures made for the captions of self.asked -> {figure: value}. 'accuracy' counts attributes, not
-        whole captions: the share of all named attributes that the judge reads off the picture."""
+        """Pictures made for the captions of self.asked, at once or a few at a time -> {figure: value}.
+        'accuracy' counts attributes, not whole captions: the share of all named attributes that the judge
+        reads off the picture."""
+        images = images if torch.is_tensor(images) else torch.cat(list(images))
         features, classes = self.look(images)
-        precision, recall = precision_recall(self.features, features)
+        precision, recall = metrics.precision_recall(self.features, features)
         right, named = (classes == self.asked.truth) & self.asked.named, self.asked.named
         per_attribute = {f"accuracy {name}": (right[:, i].sum() / named[:, i].sum()).item()
                          for i, name in enumerate(self.source.attributes)}
         small = [F.avg_pool2d(x, 4).flatten(1) for x in (self.reference.image, images)]
-        return {"fd": frechet(self.features, features), "accuracy": (right.sum() / named.sum()).item(),
-                **per_attribute, "precision": precision, "recall": recall, "pixel fd": frechet(*small)}
-
-    def measure(self, model, steps, guidance=1.0, seed=0, **sampler_settings):
-        images = sample(model, self.asked.caption, steps, guidance, seed, **sampler_settings)
-        figures = self.score(images)
-        return {"steps": steps, "guidance": guidance, **figures, "excess": figures["fd"] - self.floor["fd"]}
+        return {"fd": metrics.frechet(self.features, features),
+                "accuracy": (right.sum() / named.sum()).item(), **per_attribute, "precision": precision,
+                "recall": recall, "pixel fd": metrics.frechet(*small)}
 
 
-def examine(players, captions, examiner=None, seed=0):
+def measure(examiner, model, steps, guidance=1.0, out=None, **how):
+    """What an Examiner or a metrics.Panel says of a model sampled so -> {figure: value}. out: a folder that
+    gets the pictures, too."""
+    images = draw(model, examiner.asked.caption, steps, guidance=guidance, **how)
+    if out:
+        images = sample(model, examiner.asked.caption, steps, guidance=guidance, **how)
+        folder_of(images, examiner.asked.caption, out)
+    figures = examiner.score(images)
+    above = [figures[name] - examiner.floor[name] for name in ("fd", "fd-dinov2") if name in figures]
+    return {"steps": steps, "guidance": guidance, **figures, **({"excess": above[0]} if above else {})}
+
+
+def examine(players, captions, examiner=None, seed=0, out=None):
     """[(name, model, steps, sampler settings)] -> rows for `table` (none without an examiner), the real
     pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
     rows, shown = [], []
@@ -120,7 +118,8 @@ def examine(players, captions, examiner=None, seed=0):
         label = f"{name}, {steps} step{'s' * (steps > 1)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))
         if examiner:
-            rows.append((label, examiner.measure(model, steps, seed=seed, **settings)))
+            folder = Path(out, label.replace("/", "-")) if out else None
+            rows.append((label, measure(examiner, model, steps, out=folder, seed=seed, **settings)))
     if examiner:
         rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
     return rows, shown
@@ -182,10 +181,13 @@ def curves(log, path):
 
 # ------------------------------------------------------------------------------------------ the command line
 
-def locate(name, dataset):
+def locate(name, a, dataset):
     """A shipped model's name, a run folder or a weights file -> (group, denoiser, data set, weights folder of
     its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share a group."""
-    path, weights = Path(name), None
+    path = Path(name)
+    if name == "base" and a.model != "tiny":
+        model = models.build(a.model, dataset, a.weights, a.size)
+        return name, model, dataset, None, [(10, {"guidance": 5.}), (50, {"guidance": 5.})]
     if name in SHIPPED:
         path = models.find(SHIPPED[name], Path(dataset).name)
         if not path.is_file():
@@ -195,24 +197,22 @@ def locate(name, dataset):
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
                                 "found nothing there")
-    model = models.build("tiny", dataset, name)
-    group, plan = str(path), path / "config.json"
-    if plan.is_file():
-        settings = read_plan(plan)
-        dataset, weights = dataset or settings["data"], settings["weights"]
-        group = " ".join([settings["method"], *settings["set"], f"({settings['steps']} steps)",
-                          *([f"from {weights}"] if weights else [])])
-    dataset = dataset or model.facts.get("data")
+    plan = read_plan(path / "config.json") if (path / "config.json").is_file() else {}
+    model = models.build(plan.get("model", "tiny"), dataset, name, a.size)
+    dataset = a.data or plan.get("data") or model.facts.get("data")
     if not dataset:
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
-    return group, model, dataset, weights, model.facts.get("rows", BASE_ROWS)
+    group = " ".join([plan["method"], *plan["set"], f"({plan['steps']} steps)",
+                      *([f"from {plan['weights']}"] if plan["weights"] else [])]) if plan else str(path)
+    rows = model.facts.get("rows") or plan.get("rows") or BASE_ROWS
+    return group, model, dataset, None if model.heavy else plan.get("weights"), rows
 
 
 def read_plan(path):
     """A run's config.json, checked."""
     try:
         plan = json.loads(Path(path).read_text())
-        return {key: plan[key] for key in PLAN}
+        return {**{key: plan[key] for key in PLAN}, "rows": plan.get("rows")}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the config.json of a run of this program") from None
 
@@ -234,12 +234,33 @@ def gather(rows):
     return gathered
 
 
+def folder_of(images, captions, out):
+    """Pictures as a folder that any tool reads, and train.py too: numbered PNGs and metadata.jsonl."""
+    from PIL import Image
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        name = f"{i:06d}.png"
+        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(out / name)
+        lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
+    (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("models", nargs="*", help=f"{', '.join(SHIPPED)} (shipped; default: all that are), "
                                                   "run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
+    parser.add_argument("--model", default="tiny", help="whose base 'base' is: "
+                                                        + ", ".join(["tiny", *models.FAMILIES]))
+    parser.add_argument("--weights", help="of a real model's base: a diffusers folder or hub id")
+    parser.add_argument("--size", type=int, help="pixels, both sides, of real models")
+    for judge, what in JUDGES.items():
+        parser.add_argument(f"--{judge}", metavar="WHERE", help=f"measure real models with {what}")
+    parser.add_argument("--images", metavar="DIR", help="also keep the pictures that are measured, "
+                                                       "a folder for each line of the table")
     parser.add_argument("--steps", help="sampler steps, e.g. 1,2,4,10,50 (default: those of each model)")
     parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
     parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
@@ -253,44 +274,54 @@ def parse(argv=None):
     return parser, parser.parse_args(argv)
 
 
+def players_of(a):
+    """What the command line asks for, checked -> [(label, model, steps, sampler settings)], examiner or None,
+    captions of the picture."""
+    chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
+    if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
+        raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
+    located = {name: locate(name, a, a.data) for name in a.models if name not in SHIPPED}
+    dataset = next((one[2] for one in located.values()), a.data or "glyphs")         # the shipped ones follow
+    names = a.models or [name for name in SHIPPED
+                         if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
+    found = [located.get(name) or locate(name, a, dataset) for name in dict.fromkeys(names)]
+    if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
+        raise ValueError("these models belong to different data sets; measure them one data set at a time")
+    _, model, dataset, weights, _ = found[0]
+    judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
+    captions, examiner = [a.prompt] * 8, None
+    if a.prompt is None:
+        source = data.build(dataset, model.size)
+        captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
+        if not model.heavy:
+            examiner = Examiner(source, a.samples, split=a.split, weights=weights)
+        elif judges:
+            examiner = metrics.Panel(source, a.samples, judges, models.device())
+    for _, model, *_ in found:
+        model.to(models.device()).condition(captions)
+    players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
+               for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
+                                       else rows)]
+    for _, model, steps, settings in players:
+        sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
+    if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
+        raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
+    if not Path(a.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {a.out}: there is no such folder")
+    return players, examiner, captions
+
+
 def main(argv=None):
     parser, a = parse(argv)
-    chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
     try:
-        if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
-            raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
-        located = {name: locate(name, a.data) for name in a.models if name not in SHIPPED}
-        dataset = next((one[2] for one in located.values()), a.data or "glyphs")     # the shipped ones follow
-        names = a.models or [name for name in SHIPPED
-                             if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
-        found = [located.get(name) or locate(name, dataset) for name in dict.fromkeys(names)]
-        if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
-            raise ValueError("these models belong to different data sets; "
-                             "measure them one data set at a time")
-        if a.prompt is not None:
-            captions, examiner = [a.prompt] * 8, None
-        else:
-            source = data.build(found[0][2])
-            examiner = Examiner(source, a.samples, split=a.split, weights=found[0][3])
-            captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-        for _, model, *_ in found:
-            model.condition(captions)
-        players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
-                   for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
-                                           else rows)]
-        for _, model, steps, settings in players:
-            sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
-        if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
-            raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
-        if not Path(a.out).absolute().parent.is_dir():
-            raise FileNotFoundError(f"--out {a.out}: there is no such folder")
+        players, examiner, captions = players_of(a)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    rows, shown = examine(players, captions, examiner, a.seed)
+    rows, shown = examine(players, captions, examiner, a.seed, a.images)
     if examiner:
         print(table(gather(rows)))
     typed = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    picture(list(dict(shown).items()), a.out, captions if examiner else None, note=typed)
+    picture(list(dict(shown).items()), a.out, captions if a.prompt is None else None, note=typed)
     print(f"wrote {a.out}")
 
 

@@ -35,6 +35,7 @@ class Denoiser(nn.Module):
     size: int                                               # of a picture, pixels
     shape: tuple                                            # of a latent picture, (C, h, w)
     heavy = False                                           # its pictures and checkpoints take minutes
+    facts = {}                                              # what its file says of itself
     at_once = 100                                           # pictures that are drawn together
 
     def __init__(self, target, alpha, sigma, time):
@@ -262,6 +263,13 @@ class Latent(Denoiser):
                      "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                             target_modules=attention))
+
+    def wear(self, path):
+        """Adapters from the file that `keep` wrote."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+        layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
+        set_peft_model_state_dict(self.network, layers)
 
     def twin(self):
         if not self.rank:
@@ -541,6 +549,14 @@ def pipeline(model, weights, size):
         library.utils.logging.disable_progress_bar()
     adapter, name, home, _ = FAMILIES[model]
     source = str(weights or home)
+    if (run := Path(source) / "config.json").is_file():      # of train.py: its result, whole or adapters
+        plan = json.loads(run.read_text())
+        if (Path(source) / "pipeline").is_dir():
+            return pipeline(model, Path(source) / "pipeline", size or plan["size"])
+        denoiser = pipeline(model, plan["weights"], size or plan["size"])
+        denoiser.adapt(plan["lora"])
+        denoiser.wear(Path(source) / "pytorch_lora_weights.safetensors")
+        return denoiser
     index = Path(source) / "model_index.json"
     if Path(source).exists() and not index.is_file():
         raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")

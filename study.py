@@ -125,7 +125,7 @@ def measured(model, ways, examiner, cache):
     for steps, settings in ways:
         key = f"{name(steps, settings)} ({len(examiner.asked.caption)} pictures)"
         if key not in known:
-            known[key] = examiner.measure(model, steps, **settings)
+            known[key] = evaluate.measure(examiner, model, steps, **settings)
             train.write(cache, json.dumps(known, indent=1))
         yield name(steps, settings), known[key]
 

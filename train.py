@@ -418,7 +418,8 @@ def start(out, plan, run, resumed):
         for old in [*out.glob("*.png"), *out.glob("*.jsonl"), *out.glob("*.json"), *out.glob("*.md"),
                     out / "checkpoint.pt", out / "denoiser.safetensors"]:
             old.unlink(missing_ok=True)
-    write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
+    rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
+    write(out / "config.json", json.dumps({**plan, "rows": rows, "config": provenance(run.config)}, indent=1))
     print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
 
 

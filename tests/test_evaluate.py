@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import evaluate
+import metrics
 import models
 
 
@@ -17,25 +18,25 @@ def gaussian(n, mean, scale, seed):
 def test_frechet_distance_of_gaussians_has_a_closed_form():
     """Diagonal Gaussians: |mu - nu|^2 + sum (s - r)^2."""
     mean, scale = torch.tensor([1., 0, -2, 3]), torch.tensor([1., 2, .5, 3])
-    found = evaluate.frechet(gaussian(200000, 0., 1., 0), gaussian(200000, mean, scale, 1))
+    found = metrics.frechet(gaussian(200000, 0., 1., 0), gaussian(200000, mean, scale, 1))
     assert found == pytest.approx(14 + (0 + 1 + .25 + 4), rel=.02)
 
 
 def test_frechet_distance_is_a_distance():
     a, b = gaussian(500, 0., 1., 0), gaussian(500, .3, 1.4, 1)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert evaluate.frechet(a, b) == pytest.approx(evaluate.frechet(b, a), rel=1e-6)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet(a, b) == pytest.approx(metrics.frechet(b, a), rel=1e-6)
     turn = torch.linalg.qr(gaussian(4, 0., 1., 2))[0]
-    assert evaluate.frechet(a @ turn, b @ turn) == pytest.approx(evaluate.frechet(a, b), rel=1e-6)
+    assert metrics.frechet(a @ turn, b @ turn) == pytest.approx(metrics.frechet(a, b), rel=1e-6)
 
 
 def test_precision_and_recall_see_different_failures():
     real = gaussian(600, 0., 1., 0)
     narrow, wild = gaussian(600, 0., .2, 1), gaussian(600, 0., 5., 2)
-    assert min(evaluate.precision_recall(real, gaussian(600, 0., 1., 3))) > .7
-    precision, recall = evaluate.precision_recall(real, narrow)
+    assert min(metrics.precision_recall(real, gaussian(600, 0., 1., 3))) > .7
+    precision, recall = metrics.precision_recall(real, narrow)
     assert precision > .85 and recall < .3                   # faithful but not diverse
-    precision, recall = evaluate.precision_recall(real, wild)
+    precision, recall = metrics.precision_recall(real, wild)
     assert precision < .3 and recall > .8                    # diverse but not faithful
 
 

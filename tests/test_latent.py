@@ -3,6 +3,7 @@ plain diffusers pipelines. Nothing is downloaded."""
 
 import hashlib
 import json
+import math
 
 import pipelines
 import pytest
@@ -15,6 +16,7 @@ import adt
 import data
 import discriminator
 import evaluate
+import metrics
 import models
 import sampler
 import train
@@ -372,3 +374,76 @@ def test_config_names_the_source_of_every_preset():
         for name in FAMILIES:
             config = train.settle(method, [], name)
             assert json.dumps(train.provenance(config)) and config.batch <= 4
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+@pytest.fixture(scope="session")
+def judges(world):
+    """Tiny CLIP, DINOv2 and an aesthetics head, where real ones would be."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    words = pipelines.tokenizer(world / "words")
+    text = dict(vocab_size=words.vocab_size, hidden_size=32, intermediate_size=37, num_hidden_layers=2,
+                num_attention_heads=4, eos_token_id=words.eos_token_id, bos_token_id=words.bos_token_id,
+                pad_token_id=words.pad_token_id)
+    vision = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+                  image_size=32, patch_size=8)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(config).save_pretrained(world / "clip")
+    words.save_pretrained(world / "clip")
+    torch.save({f"layers.{i}.{kind}": torch.randn(*shape) for i, (o, n) in ((0, (8, 16)), (2, (1, 8)))
+                for kind, shape in (("weight", (o, n)), ("bias", (o,)))}, world / "taste.pth")
+    return {"dino": world / "dino", "clip": world / "clip", "pickscore": world / "clip",
+            "aesthetics": world / "taste.pth"}
+
+
+def test_the_panel_tells_good_pictures_from_bad(world, judges, tmp_path):
+    source = data.build(folder(tmp_path / "many", n=40), pipelines.SIZE)
+    panel = metrics.Panel(source, 20, judges)
+    noisy = panel.score(torch.rand_like(panel.asked.image) * 2 - 1)
+    assert noisy["fd-dinov2"] > 1.2 * panel.floor["fd-dinov2"] and noisy["cmmd"] > panel.floor["cmmd"]
+    assert noisy.keys() == panel.floor.keys() >= {"clip", "pickscore", "aesthetics", "precision", "recall"}
+    body = panel.clips["clip"].model
+    tokens = panel.clips["clip"].words(panel.asked.caption, padding=True, return_tensors="pt")
+    pixels = metrics.prepared(panel.asked.image, 32, (.4815, .4578, .4082), (.2686, .2613, .2758))
+    theirs = body(**tokens, pixel_values=pixels).logits_per_image.diagonal() / body.logit_scale.exp()
+    assert panel.floor["clip"] == pytest.approx(theirs.mean().item(), abs=1e-4)
+    scale = body.logit_scale.exp().item()
+    assert panel.floor["pickscore"] == pytest.approx(panel.floor["clip"] * scale, rel=1e-4)
+
+
+def test_cmmd_is_zero_for_the_same_and_known_for_two_points():
+    a = torch.nn.functional.normalize(torch.randn(50, 8))
+    assert metrics.cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    one, two = torch.tensor([[1., 0.]]), torch.tensor([[0., 1.]])
+    assert metrics.cmmd(one, two) == pytest.approx(1000 * (2 - 2 * math.exp(-2 / 200)), rel=1e-6)
+
+
+def test_evaluate_measures_base_and_runs_and_writes_pictures_any_tool_reads(world, judges, tmp_path, capsys):
+    pictures = folder(tmp_path / "many", n=12)
+    typed = ["--model", "sd15", "--weights", str(world / "sd15"), "--size", str(pipelines.SIZE),
+             "--data", str(pictures)]
+    run = tmp_path / "run"
+    train.main([*typed, "--method", "diffusion", "--lora", "4", "--steps", "1", "--samples", "0", "--out",
+                str(run), "--features", str(world / "dino"), "--set", "batch=2", "--set", "path_steps=2"])
+    evaluate.main(["base", str(run), *typed, "--steps", "2", "--samples", "6", "--dino", str(judges["dino"]),
+                   "--clip", str(judges["clip"]), "--out", str(tmp_path / "p.png"),
+                   "--images", str(tmp_path / "images")])
+    said = capsys.readouterr().out
+    assert "| fd-dinov2 |" in said and "| base, 2 steps |" in said and "| real pictures |" in said
+    kept = data.build(tmp_path / "images" / "base, 2 steps", 32)
+    assert len(kept.paths) == 6 and (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_a_run_can_be_built_upon(world, tmp_path):
+    for name, rank in (("sd15", 0), ("sd3", 4)):
+        model = build(world, name, rank)
+        out = tmp_path / name
+        out.mkdir()
+        model.keep(out, rows=[(10, {})])
+        plan = {"method": "adt", "weights": str(world / name), "size": pipelines.SIZE, "lora": rank}
+        (out / "config.json").write_text(json.dumps(plan))
+        again = models.build(name, "", out)
+        torch.testing.assert_close(evaluate.sample(again, CAPTIONS, 2), evaluate.sample(model, CAPTIONS, 2),
+                                   rtol=0, atol=1e-4)
