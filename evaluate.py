@@ -23,7 +23,8 @@ import sampler
 
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
-PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "shard", "seed", "steps", "set")
+PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "lean", "shard", "seed", "steps",
+        "set")
 JUDGES = {"dino": "FD-DINOv2 (a Dinov2Model's folder or hub id)", "clip": "CLIP score and CMMD (a CLIPModel)",
           "pickscore": "PickScore (a CLIPModel)", "hps": "HPSv2 (a CLIPModel)",
           "aesthetics": "the LAION predictor's state dict, on top of --clip with ViT-L/14"}
@@ -212,7 +213,9 @@ def read_plan(path):
     """A run's config.json, checked."""
     try:
         plan = json.loads(Path(path).read_text())
-        return {**{key: plan[key] for key in PLAN}, "rows": plan.get("rows")}
+        for key in ("method", "model", "data", "seed", "steps", "set"):
+            plan[key]
+        return {key: plan.get(key) for key in (*PLAN, "rows")}               # the others came later
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is not the config.json of a run of this program") from None
 

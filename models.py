@@ -114,6 +114,10 @@ class Denoiser(nn.Module):
         """Freeze the network; let low-rank adapters learn instead."""
         raise ValueError("--lora is for sd15, sdxl and sd3: this network is small enough to learn as it is")
 
+    def save_memory(self):
+        """Recompute every block of the network in the backward pass."""
+        raise ValueError("--lean is for sd15, sdxl and sd3: this network is small as it is")
+
     def close(self):
         """Every caption that will be asked has been: what only `condition` needs may go."""
 
@@ -263,6 +267,9 @@ class Latent(Denoiser):
                      "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                             target_modules=attention))
+
+    def save_memory(self):
+        self.network.enable_gradient_checkpointing()
 
     def wear(self, path):
         """Adapters from the file that `keep` wrote."""

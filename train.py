@@ -15,6 +15,7 @@ import os
 import pickle
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,6 +98,7 @@ class Run:
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
         self.warmup = min(config.warmup_d, steps // 4)
+        self.reader, self.coming = ThreadPoolExecutor(1), None
         self.total = config.accumulate * parallel.world()
         self.shards = range(self.total)[parallel.rank() * config.accumulate:][:config.accumulate]
         self.weights = [w for w in model.network.parameters() if w.requires_grad]
@@ -112,7 +114,7 @@ class Run:
         for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
             for group in optimiser.param_groups:
                 group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
-        batches = [self.draw(shard) for shard in self.shards]
+        batches = self.batches()
 
         # the generator learns, the discriminator watches
         learns = self.done >= self.warmup                    # who knows nothing teaches nothing
@@ -139,11 +141,21 @@ class Run:
         self.done += 1
         return seen
 
-    def draw(self, shard):
-        """The pictures and captions of a micro-batch."""
-        batch = self.source.batch(self.config.batch, torch.Generator().manual_seed(self.dice(shard, "data")))
-        batch.luck = torch.Generator().manual_seed(self.dice("path"))
-        return batch.to(self.model.alpha.device, self.model.size)
+    def batches(self):
+        """The micro-batches of this step; those of the next are read meanwhile."""
+        ready = self.coming or self.reader.submit(self.read, self.done)
+        last = self.done + 1 >= self.steps
+        self.coming = None if last else self.reader.submit(self.read, self.done + 1)
+        return [batch.to(self.model.alpha.device, self.model.size) for batch in ready.result()]
+
+    def read(self, step):
+        """Pictures and captions from the source: what a step is given depends on its number alone."""
+        batches = []
+        for shard in self.shards:
+            random = torch.Generator().manual_seed(self.dice(shard, "data", step=step))
+            batches.append(self.source.batch(self.config.batch, random))
+            batches[-1].luck = torch.Generator().manual_seed(self.dice("path", step=step))
+        return batches
 
     def generate(self, shard, batch, learns):
         """The generator's half, one micro-batch: its gradients -> figures, the picture, and what the
@@ -183,10 +195,11 @@ class Run:
         optimiser.step()
         return {name: norm}
 
-    def dice(self, *words):
+    def dice(self, *words, step=None):
         """A random seed from the run's seed, the step and a purpose: whatever is drawn follows from its name,
         so a run goes on where it stopped with nothing to remember, and two processes draw what one would."""
-        return int.from_bytes(hashlib.sha256(repr((self.seed, self.done, *words)).encode()).digest()[:8])
+        words = self.seed, self.done if step is None else step, *words
+        return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:8])
 
     def mean(self, rows):
         """Figures of every micro-batch -> their mean over all of them, everywhere."""
@@ -300,6 +313,8 @@ def parse(argv=None):
     parser.add_argument("--features", help="folder or hub id of the discriminator's frozen network "
                         "(default: the shipped one; for real models facebook/dinov2-small)")
     parser.add_argument("--size", type=int, help="pixels, both sides (default: what the model was made for)")
+    parser.add_argument("--lean", action="store_true",
+                        help="recompute every block in the backward pass: less memory, more time (real models)")
     parser.add_argument("--shard", action="store_true",
                         help="with torchrun: spread the weights over all processes (FSDP2)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK",
@@ -365,6 +380,8 @@ def prepare(arguments):
     critic = config.critic(discriminator.Features(eyes), text_width)
     if plan["lora"]:
         model.adapt(plan["lora"])
+    if plan["lean"]:
+        model.save_memory()
     base = model.twin().to(models.device())
     if config.init == "random":
         model.forget()
