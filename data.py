@@ -108,6 +108,7 @@ class Glyphs:
     a held-out split by (shape, ink) composition."""
     name = "glyphs"
     sizes = {"train": None, "test": None, "held_out": None}                   # endless
+    closed = False
 
     def __init__(self):
         characters = LETTERS + PICTOGRAMS
@@ -237,6 +238,7 @@ def fashion_file(name):
 class Fashion:
     """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 grey photographs, padded to 32x32."""
     name = "fashion"
+    closed = True                                            # phrases are all the captions there are
     attributes = {"class": FASHION}
     sizes = {"train": 60000, "test": 10000}
 
@@ -293,6 +295,7 @@ class Folder:
     kept in memory, the rest is read when it is asked for, by several threads; an image that cannot be read is
     named and left out, and more than 1 % of those are an error. Its one attribute is the caption itself:
     'which of the captions is this a picture of?'"""
+    closed = True
 
     def __init__(self, folder, size=SIZE):
         folder, self.size, self.broken = Path(folder), size, set()

@@ -303,29 +303,35 @@ class Latent(Denoiser):
 
     @torch.no_grad()
     def condition(self, captions, frame=None):
+        new = [c for c in dict.fromkeys(captions) if c not in self.read and not self.place(c).is_file()]
+        if new and not self.outside:
+            raise ValueError(f"the text encoders are gone and never read '{new[0][:80]}'")
+        if new:
+            from safetensors.torch import save_file
+            said = self.ask(new)
+            for i, caption in enumerate(new):
+                partial = self.place(caption).with_suffix(f".{os.getpid()}")
+                save_file({k: v[i].clone().cpu() for k, v in said.items()}, partial)
+                partial.replace(self.place(caption))
         read = [self.recall(caption) for caption in captions]
         return {key: torch.stack([one[key] for one in read]).to(self.alpha.device) for key in read[0]}
 
+    def place(self, caption):
+        """Where on disk it is kept what the text encoders made of a caption."""
+        return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+
     def recall(self, caption):
-        """What the text encoders made of a caption: from memory, from disk, or asked for the first time."""
+        """What they made of it, from memory or from disk."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
-        if caption in self.read:
-            return self.read[caption]
-        path = self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError):                   # not there, or cut off
-            if not self.outside:
-                raise ValueError(f"the text encoders are gone and never read '{caption[:80]}'") from None
-            found = {k: v[0].contiguous().cpu() for k, v in self.ask([caption]).items()}
-            partial = path.with_suffix(f".{os.getpid()}")
-            save_file(found, partial)
-            partial.replace(path)
-        if len(self.read) >= 2048:
-            self.read.pop(next(iter(self.read)))             # the oldest
-        self.read[caption] = found
-        return found
+        from safetensors.torch import load_file
+        if caption not in self.read:
+            if len(self.read) >= 2048:
+                self.read.pop(next(iter(self.read)))         # the oldest
+            try:
+                self.read[caption] = load_file(self.place(caption))
+            except SafetensorError:
+                raise ValueError(f"{self.place(caption)} is damaged: remove it") from None
+        return self.read[caption]
 
     def forget(self):
         if self.rank:

@@ -372,9 +372,12 @@ def prepare(arguments):
     config.path(model.T)
     for _, steps, settings in config.rows():
         sampler.timeline(model.T, steps, last=settings.get("last", 1.))
+    said = ["", getattr(config, "negative", ""), *source.phrases]
     with torch.no_grad():                                    # whatever the data can say must be understood
-        said = [*source.phrases, getattr(config, "negative", "")]
-        text_width = model.condition(said)["pooled"].shape[1]
+        for i in tqdm(range(0, len(said), 64), "captions", disable=len(said) < 5000):
+            text_width = model.condition(said[i:i + 64])["pooled"].shape[1]
+    if source.closed:
+        model.close()
     torch.manual_seed(plan["seed"])
     eyes = models.features(plan["model"], source.name, config.features, plan["features"], plan["weights"])
     critic = config.critic(discriminator.Features(eyes), text_width)
