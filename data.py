@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 SIZE = 32                                                    # pixels, both sides, of every embedded data set
+KEEP = 2 ** 30                                               # bytes of pictures that a folder keeps in memory
 
 
 @dataclass
@@ -311,7 +312,7 @@ class Folder:
         index = {text: i for i, text in enumerate(self.phrases)}
         self.labels = torch.tensor([index[text] for text in self.captions])
         self.readers, self.kept = ThreadPoolExecutor(8), None
-        if len(self.paths) * 3 * size ** 2 < 2 ** 30:
+        if len(self.paths) * 3 * size ** 2 < KEEP:
             self.kept = list(self.readers.map(self.read, range(len(self.paths))))
 
     @staticmethod

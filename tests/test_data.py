@@ -156,6 +156,52 @@ def test_bad_folders_each_get_a_sentence(tmp_path):
     assert "0.png" in complaint(tmp_path / "gone")
 
 
+def test_tables_may_be_csv_and_parquet_says_what_it_needs(tmp_path):
+    path = folder(tmp_path / "mine")
+    (path / "metadata.jsonl").unlink()
+    (path / "metadata.csv").write_text('file_name,text\n1.png,"a cat, asleep"\n2.png,a dog\n')
+    source = data.build(str(path))
+    assert source.captions == ["a cat, asleep", "a dog"] and [p.name for p in source.paths] == ["1.png", "2.png"]
+    (path / "metadata.csv").write_text("picture,text\n1.png,a cat\n")
+    with pytest.raises(ValueError, match="metadata.csv line 2: wanted"):
+        data.build(str(path))
+    (path / "metadata.csv").rename(path / "metadata.parquet")
+    with pytest.raises(ValueError, match="pip install pyarrow|cannot read"):
+        data.build(str(path))
+
+
+def test_a_few_broken_images_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    path = folder(tmp_path / "many", n=120)
+    (path / "7.png").write_bytes(b"no picture")
+    for keep in (2 ** 30, 0):                                # in memory, or read when asked for
+        monkeypatch.setattr(data, "KEEP", keep)
+        source = data.build(str(path))
+        captions = source.batch(119, g()).caption
+        assert len(set(captions)) == 119 and "a picture 7" not in captions
+        assert "7.png" in capsys.readouterr().out
+    for i in (8, 9):
+        (path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot read the image .* of 120 images are broken"):
+        data.build(str(path)).batch(119, g())
+
+
+def test_what_memory_keeps_and_what_disk_gives_is_the_same(tmp_path, monkeypatch):
+    path = folder(tmp_path / "mine", n=12)
+    kept = data.build(str(path)).batch(5, g())
+    monkeypatch.setattr(data, "KEEP", 0)
+    read = data.build(str(path)).batch(5, g())
+    assert torch.equal(kept.image, read.image) and kept.caption == read.caption
+    assert torch.equal(kept.frame, read.frame)
+
+
+def test_the_frame_says_what_was_cut(tmp_path):
+    Image.new("RGB", (40, 60)).save(folder(tmp_path / "mine", n=1) / "0.png")
+    batch = data.build(str(tmp_path / "mine")).batch(1)
+    assert batch.frame.tolist() == [[60, 40, 8, 0]]          # 40x60 -> 32x48, eight rows above, eight below
+    Image.new("RGB", (128, 64)).save(tmp_path / "mine" / "0.png")
+    assert data.build(str(tmp_path / "mine"), 16).batch(1).frame.tolist() == [[64, 128, 0, 8]]
+
+
 def test_contact_sheet_command(tmp_path):
     for name in ("glyphs", "fashion"):
         path = tmp_path / f"{name}.png"
