@@ -2,7 +2,7 @@
 
 Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns
 while the generator's picture is only data. Everything that differs between methods is in adt.py and add.py;
-everything that differs between models is in models.py; this file does not know which it runs.
+everything that differs between models lies behind denoiser.py; this file does not know which it runs.
 Read next: evaluate.py
 """
 
@@ -314,7 +314,7 @@ def parse(argv=None):
                         "(default: the shipped one; for real models facebook/dinov2-small)")
     parser.add_argument("--size", type=int, help="pixels, both sides (default: what the model was made for)")
     parser.add_argument("--lean", action="store_true",
-                        help="recompute every block in the backward pass: less memory, more time (real models)")
+                        help="real models: recompute every block in the backward pass, for memory")
     parser.add_argument("--shard", action="store_true",
                         help="with torchrun: spread the weights over all processes (FSDP2)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK",

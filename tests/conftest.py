@@ -13,9 +13,10 @@ sys.path.insert(0, str(ROOT))
 import adt  # noqa: E402
 import data  # noqa: E402
 import models  # noqa: E402
+from denoiser import Denoiser  # noqa: E402
 
 
-class Toy(models.Denoiser):
+class Toy(Denoiser):
     """Any target on any schedule; the network is one smooth nonlinear layer, in float64,
     so identities are exact."""
 

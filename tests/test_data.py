@@ -161,7 +161,8 @@ def test_tables_may_be_csv_and_parquet_says_what_it_needs(tmp_path):
     (path / "metadata.jsonl").unlink()
     (path / "metadata.csv").write_text('file_name,text\n1.png,"a cat, asleep"\n2.png,a dog\n')
     source = data.build(str(path))
-    assert source.captions == ["a cat, asleep", "a dog"] and [p.name for p in source.paths] == ["1.png", "2.png"]
+    assert source.captions == ["a cat, asleep", "a dog"]
+    assert [p.name for p in source.paths] == ["1.png", "2.png"]
     (path / "metadata.csv").write_text("picture,text\n1.png,a cat\n")
     with pytest.raises(ValueError, match="metadata.csv line 2: wanted"):
         data.build(str(path))

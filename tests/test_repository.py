@@ -10,10 +10,10 @@ import equations
 import pytest
 from conftest import ROOT
 
-LAYERS = [{"networks", "parallel", "metrics"},
+LAYERS = [{"denoiser", "networks", "parallel", "metrics"}, {"stable"},
           {"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
           {"evaluate", "train", "pretrain"}, {"study"}]
-CORE = [name for layer in LAYERS[:4] for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
+CORE = [name for layer in LAYERS[:5] for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
 
 
 def imports(name):
@@ -35,7 +35,7 @@ def test_imports_point_only_downwards():
 
 def test_core_stays_small():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
-    assert sum(lines.values()) <= 3300, lines
+    assert sum(lines.values()) <= 3500, lines
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number} has {len(line)} columns"

@@ -1,0 +1,309 @@
+"""Stable Diffusion 1.5, XL and 3 behind the contract, and DINOv2, the eyes of their discriminators.
+
+Each is a diffusers pipeline taken apart: its schedule becomes three tables, its network the one thing that
+learns, its VAE encodes and decodes, its own encode_prompt reads the captions. What comes out of training goes
+back into a pipeline, or is a LoRA that any pipeline loads.                          Read next: sampler.py
+"""
+
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
+
+import parallel
+from denoiser import Denoiser
+
+
+def schedule(scheduler):
+    """A diffusers scheduler -> target, alpha, sigma and time, from the cleanest step to the noisiest. The
+    sigmas of a flow are read as they were built: set_timesteps would shift them a second time."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        sigma = scheduler.sigmas.double().flip(0)
+        return "flow", 1 - sigma, sigma, sigma * scheduler.config.num_train_timesteps
+    target = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[scheduler.config.prediction_type]
+    product = scheduler.alphas_cumprod.double()
+    return target, product.sqrt(), (1 - product).sqrt(), torch.arange(len(product))
+
+
+class Latent(Denoiser):
+    """What the three families share: a network and a VAE from a diffusers pipeline, and captions that are
+    encoded once. The pipeline stays outside the module tree, and its text encoders leave when they have read
+    everything (`close`)."""
+    heavy, at_once = True, 4
+
+    def __init__(self, pipe, size, source):
+        super().__init__(*schedule(pipe.scheduler))
+        self.part = "transformer" if hasattr(pipe, "transformer") else "unet"
+        self.network, self.vae = getattr(pipe, self.part), pipe.vae
+        self.outside, self.read = [pipe], {}                 # a list hides it from nn.Module
+        self.rank, self.bare = 0, False                      # of the adapters, and whether they are off
+        self.pipeline, self.source = type(pipe), source
+        self.size, scale = size, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if size % (8 * scale):
+            raise ValueError(f"--size {size}: wanted a multiple of {8 * scale}, for the network halves the "
+                             "latent picture three times")
+        self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
+        self.requires_grad_(False)
+        self.network.requires_grad_(True)
+        with torch.no_grad():                                # the encoders' own fingerprint names their shelf
+            said = self.ask(["a fingerprint"])["text"].float().cpu().numpy().tobytes()
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        self.cache = home / "adversarial-diffusion" / hashlib.sha256(said).hexdigest()[:16]
+        self.cache.mkdir(parents=True, exist_ok=True)
+
+    def encode(self, image):
+        z = torch.cat([self.vae.encode(one).latent_dist.sample() for one in image.split(1)])
+        return (z.float() - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """One picture at a time, recomputed in the backward pass: the VAE's graph of one picture is alive."""
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return torch.cat([recompute(self.draw, one, use_reentrant=False) for one in z.split(1)]).float()
+
+    def draw(self, z):
+        return self.vae.decode(z).sample
+
+    def adapt(self, rank):
+        """LoRA: the network freezes, low-rank adapters on its attention learn."""
+        from peft import LoraConfig
+        self.rank = rank
+        self.network.requires_grad_(False)
+        attention = ["to_q", "to_k", "to_v", "to_out.0",
+                     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                            target_modules=attention))
+
+    def save_memory(self):
+        self.network.enable_gradient_checkpointing()
+
+    def wear(self, path):
+        """Adapters from the file that `keep` wrote."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+        layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
+        set_peft_model_state_dict(self.network, layers)
+
+    def twin(self):
+        if not self.rank:
+            return super().twin()
+        other = copy.copy(self)                              # one copy of the weights: itself, adapters off
+        other.bare = True
+        return other
+
+    def output(self, x, time, cond):
+        if self.bare:
+            self.network.disable_adapters()
+        y = self.call(x, time, cond)
+        if self.bare:
+            self.network.enable_adapters()
+        return y
+
+    def call(self, x, time, cond):
+        """`output` of the family."""
+        raise NotImplementedError
+
+    def ask(self, captions):
+        """B strings -> {"text": (B, N, D), "pooled": (B, P)}, by the pipeline's own encode_prompt."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def condition(self, captions, frame=None):
+        new = [c for c in dict.fromkeys(captions) if c not in self.read and not self.place(c).is_file()]
+        if new and not self.outside:
+            raise ValueError(f"the text encoders are gone and never read '{new[0][:80]}'")
+        if new:
+            from safetensors.torch import save_file
+            said = self.ask(new)
+            for i, caption in enumerate(new):
+                partial = self.place(caption).with_suffix(f".{os.getpid()}")
+                save_file({k: v[i].clone().cpu() for k, v in said.items()}, partial)
+                partial.replace(self.place(caption))
+        read = [self.recall(caption) for caption in captions]
+        return {key: torch.stack([one[key] for one in read]).to(self.alpha.device) for key in read[0]}
+
+    def place(self, caption):
+        """Where on disk it is kept what the text encoders made of a caption."""
+        return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+
+    def recall(self, caption):
+        """What they made of it, from memory or from disk."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        if caption not in self.read:
+            if len(self.read) >= 2048:
+                self.read.pop(next(iter(self.read)))         # the oldest
+            try:
+                self.read[caption] = load_file(self.place(caption))
+            except SafetensorError:
+                raise ValueError(f"{self.place(caption)} is damaged: remove it") from None
+        return self.read[caption]
+
+    def forget(self):
+        if self.rank:
+            raise ValueError("init=random and --lora exclude each other: adapters on nothing learn nothing")
+        self.network = type(self.network).from_config(self.network.config)
+
+    def close(self):
+        self.outside.clear()                                 # the text encoders; what they read stays
+
+    def keep(self, out, **facts):
+        """LoRA: a file for `pipe.load_lora_weights(out)`. The whole network: a pipeline folder, in which
+        everything else is as it came."""
+        from peft import get_peft_model_state_dict
+        state = get_peft_model_state_dict(self.network) if self.rank else self.network.state_dict()
+        state = parallel.whole(state)
+        if parallel.rank() > 0:
+            return
+        student = "fresh" in facts["rows"][0][1]
+        scheduler = self.few_step_scheduler(max(steps for steps, _ in facts["rows"])) if student else None
+        if self.rank:
+            self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state})
+            scheduler and scheduler.save_pretrained(out / "scheduler")
+        else:
+            pipe = self.pipeline.from_pretrained(self.source, **({"scheduler": scheduler} if student else {}))
+            getattr(pipe, self.part).load_state_dict(state)
+            pipe.save_pretrained(out / "pipeline")
+
+    def few_step_scheduler(self, steps):
+        """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under
+        the name of consistency models. A flow's must be told its stops: pipe(sigmas=[1, .75, .5, .25])."""
+        import diffusers
+        if self.target == "flow":
+            return diffusers.FlowMatchLCMScheduler.from_pretrained(self.source, subfolder="scheduler")
+        return diffusers.LCMScheduler.from_pretrained(
+            self.source, subfolder="scheduler", original_inference_steps=steps, timestep_spacing="trailing",
+            clip_sample=False, rescale_betas_zero_snr=False)
+
+
+class SD15(Latent):
+    """Stable Diffusion 1.x: a U-Net that knows integer steps and one CLIP's tokens."""
+
+    def ask(self, captions):
+        pipe = self.outside[0]
+        text = pipe.encode_prompt(captions, self.alpha.device, 1, False)[0]               # (B, 77, 768)
+        ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        end = (ids == pipe.tokenizer.eos_token_id).int().argmax(1)            # where CLIP sums up
+        return {"text": text, "pooled": text[torch.arange(len(text)), end]}
+
+    def call(self, x, time, cond):
+        return self.network(x, time, cond["text"]).sample
+
+
+class SDXL(Latent):
+    """Stable Diffusion XL: two CLIPs, and what the picture's size was and where it was cut."""
+
+    def ask(self, captions):
+        pipe = self.outside[0]
+        text, _, pooled, _ = pipe.encode_prompt(captions, device=self.alpha.device,
+                                                do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:         # what it was trained to take for "no caption"
+            said = torch.tensor([bool(c) for c in captions], device=text.device).to(text)
+            text, pooled = text * said[:, None, None], pooled * said[:, None]
+        return {"text": text, "pooled": pooled}
+
+    def condition(self, captions, frame=None):
+        known = super().condition(captions)
+        return known if frame is None else {**known, "frame": frame.to(self.alpha.device)}
+
+    def call(self, x, time, cond):
+        frame = cond.get("frame", torch.tensor([[self.size, self.size, 0, 0]], device=x.device))
+        frame = torch.cat([frame, torch.full_like(frame[:, :2], self.size)], 1).expand(len(x), 6)
+        extra = {"text_embeds": cond["pooled"], "time_ids": frame}
+        return self.network(x, time, cond["text"], added_cond_kwargs=extra).sample
+
+
+class SD3(Latent):
+    """Stable Diffusion 3: a transformer on the straight line of rectified flow, two CLIPs and T5."""
+
+    def ask(self, captions):
+        text, _, pooled, _ = self.outside[0].encode_prompt(captions, None, None, device=self.alpha.device,
+                                                           do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def call(self, x, time, cond):
+        return self.network(x, cond["text"], cond["pooled"], time).sample
+
+
+# the adapter, the pipeline's class in diffusers, its public home, pixels
+FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+            "sdxl": (SDXL, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", 1024),
+            "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
+
+
+def pipeline(model, weights, size):
+    """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
+    is missing, refused or half there is one sentence."""
+    import diffusers
+    import transformers
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    adapter, name, home, pixels = FAMILIES[model]
+    source = str(weights or home)
+    if (run := Path(source) / "config.json").is_file():      # of train.py: its result, whole or adapters
+        plan = json.loads(run.read_text())
+        if (Path(source) / "pipeline").is_dir():
+            return pipeline(model, Path(source) / "pipeline", size or plan["size"])
+        denoiser = pipeline(model, plan["weights"], size or plan["size"])
+        denoiser.adapt(plan["lora"])
+        denoiser.wear(Path(source) / "pytorch_lora_weights.safetensors")
+        return denoiser
+    index = Path(source) / "model_index.json"
+    if Path(source).exists() and not index.is_file():
+        raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")
+    if index.is_file() and (held := json.loads(index.read_text()).get("_class_name")) != name:
+        raise ValueError(f"--weights {source} holds a {held}: --model {model} wants a {name}")
+    if not index.is_file() and (source.count("/") != 1 or source[0] in "./~"):
+        raise FileNotFoundError(f"--weights {source}: no such folder, and no hub id either (OWNER/NAME)")
+    try:
+        spare = {"safety_checker": None, "requires_safety_checker": False} if model == "sd15" else {}
+        pipe = getattr(diffusers, name).from_pretrained(source, use_safetensors=True, **spare)
+    except Exception as error:                               # hub, disk, JSON, safetensors: each has its own
+        why = str(error).strip().split("\n")[0][:200]
+        what = ("complete it, or copy it again" if index.is_file() else
+                f"accept its licence at https://huggingface.co/{source} and log in (`hf auth login`), "
+                "or name a local diffusers folder with --weights")
+        raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
+    return adapter(pipe, size or pixels, source)
+
+
+# ------------------------------------------------------------------------------------------------- DINOv2
+
+class Dino(nn.Module):
+    """DINOv2 as the discriminators' eyes, for real models: any picture in, tokens of every block out."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, depth = body, body.config.num_hidden_layers
+        self.layers = sorted({0, *(depth * i // 4 for i in range(1, 5))})     # patches, four blocks
+        for name, value in (("mean", (.485, .456, .406)), ("spread", (.229, .224, .225))):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1))     # ImageNet's
+
+    def forward(self, image):
+        """(B, 3, H, W) in [-1, 1] -> maps (B, D, h, w) of the embedding and every block, their CLS (B, D)."""
+        patch = self.body.config.patch_size
+        h, w = (max(1, round(n / patch)) for n in image.shape[2:])
+        image = F.interpolate(image, (h * patch, w * patch), mode="bicubic", antialias=True)
+        seen = self.body((image * .5 + .5 - self.mean) / self.spread, output_hidden_states=True).hidden_states
+        return ([s[:, 1:].transpose(1, 2).unflatten(2, (h, w)) for s in seen], [s[:, 0] for s in seen])
+
+
+def dino(which, weights=None):
+    """DINOv2 from a transformers folder or hub id (default facebook/dinov2-small), or with random weights."""
+    from transformers import Dinov2Config, Dinov2Model
+    if which == "random":
+        return Dino(Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)))
+    if which != "vit":
+        raise ValueError(f"real models have features=vit (DINOv2) or random, not {which}")
+    source = str(weights or "facebook/dinov2-small")
+    try:
+        return Dino(Dinov2Model.from_pretrained(source, use_safetensors=True))
+    except Exception as error:
+        why = str(error).strip().split("\n")[0][:200]
+        raise OSError(f"cannot load DINOv2 from {source} ({type(error).__name__}: {why}); "
+                      "name a folder that holds it with --features") from None
