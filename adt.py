@@ -43,7 +43,7 @@ class Config:
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
     times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
-    # the optimisers
+    # the generator and the optimisers
     init: Annotated[Literal["base", "random"], "paper: tuning starts from a trained model"] = "base"
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
@@ -88,7 +88,8 @@ class Config:
 LATENT = dict(path_steps=50, train_steps=5, guidance=7.5, start="image", variant="similarity", batch=4,
               clip=.1, beta1=.9, steps_d=1, augment=1., checkpoint=True, warmup_d=100, ema=.999)
 PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
-           "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal")}
+           "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal"),
+           "diffusion": dict(beta1=.9)}                      # ours: alone, the diffusion loss plays no game
 
 
 def simulate(model, x0, cond, uncond, config, luck=None):

@@ -61,7 +61,7 @@ def settle(method, changes, model="tiny"):
     """Config of the method for a model with `key=value` changes; an unknown key or a wrong value is a
     sentence."""
     module, preset, _ = METHODS[method]
-    preset = {**module.PRESETS.get(model, {}), **preset}
+    preset = {**module.PRESETS.get(model, {}), **module.PRESETS.get(method, {}), **preset}
     kinds = typing.get_type_hints(module.Config)
     for change in changes:
         key, found, value = change.partition("=")
@@ -350,6 +350,9 @@ def plan_of(arguments):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not (out / "config.json").is_file():
                 raise ValueError(f"--out {out} holds something else than a run: choose another folder")
+            if not (arguments.overwrite or (out / "checkpoint.pt").is_file()):
+                raise ValueError(f"{out} holds a run that was stopped before it saved anything: "
+                                 "--overwrite starts it anew, --out names another folder")
             if not arguments.overwrite:
                 raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
                                  "--overwrite replaces it, --out names another folder")
