@@ -239,8 +239,9 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
 def pipeline(model, weights, size):
     """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
     is missing, refused or half there is one sentence."""
-    import diffusers
     import transformers
+    transformers.logging.set_verbosity_error()               # it misses torchvision; nobody else does
+    import diffusers
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     adapter, name, home, pixels = FAMILIES[model]

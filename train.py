@@ -33,6 +33,7 @@ import sampler
 
 # name: the module, the settings that make the method, the default length of a run
 METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 450), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
+LONG = 2000                                                  # the same for real models: CoMat's (secondary)
 SAMPLES = 2000                                               # pictures that a run is examined on
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
@@ -321,7 +322,8 @@ def parse(argv=None):
                         help="train adapters of this rank instead of the whole network (real models)")
     parser.add_argument("--steps", type=int,
                         help="length of the whole run, also on resume (default: "
-                        + ", ".join(f"{name} {steps}" for name, (*_, steps) in METHODS.items()) + ")")
+                        + ", ".join(f"{name} {steps}" for name, (*_, steps) in METHODS.items())
+                        + f"; real models {LONG})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
@@ -358,7 +360,7 @@ def plan_of(arguments):
                                  "--overwrite replaces it, --out names another folder")
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
-    plan.setdefault("steps", METHODS[plan["method"]][2])
+    plan.setdefault("steps", LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2])
     if arguments.steps is not None:
         plan["steps"] = arguments.steps
     if plan["steps"] < 1:
