@@ -24,6 +24,7 @@ import sampler
 @dataclass
 class Config:
     """Each field carries its provenance: paper, secondary (public code and readings of it), ours."""
+    has_teacher = True
     # the student
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
     last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9

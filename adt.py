@@ -23,6 +23,7 @@ import sampler
 @dataclass
 class Config:
     """Each field carries its provenance: paper (abstract), secondary (summaries, related work), ours."""
+    has_teacher = False                                      # it learns from pictures alone
     # the path
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
     train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 2

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import data
 import metrics
 import models
+import parallel
 import sampler
 
 
@@ -299,9 +300,9 @@ def players_of(a):
         if not model.heavy:
             examiner = Examiner(source, a.samples, split=a.split, weights=weights)
         elif judges:
-            examiner = metrics.Panel(source, a.samples, judges, models.device())
+            examiner = metrics.Panel(source, a.samples, judges, parallel.device())
     for _, model, *_ in found:
-        model.to(models.device()).condition(captions)
+        model.to(parallel.device()).condition(captions)
     players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
                for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
                                        else rows)]

@@ -80,14 +80,9 @@ class TinyDenoiser(Denoiser):
 
 # --------------------------------------------------------------------------------------- weights and building
 
-def device():
-    """Where everything runs."""
-    return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
-
-
 def half_precision():
     """Autocast to bf16 on a GPU, and on a processor that has it (a step is then about 1.7 times faster)."""
-    kind = device().type
+    kind = parallel.device().type
     able = kind != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(kind, torch.bfloat16, enabled=able)
 

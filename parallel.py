@@ -21,6 +21,11 @@ def start():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=2))
 
 
+def device():
+    """Where this process computes."""
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+
+
 def world():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -51,6 +51,9 @@ class Latent(Denoiser):
         self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
         self.requires_grad_(False)
         self.network.requires_grad_(True)
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(parallel.device())
         with torch.no_grad():                                # the encoders' own fingerprint names their shelf
             said = self.ask(["a fingerprint"])["text"].float().cpu().numpy().tobytes()
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
@@ -72,6 +75,10 @@ class Latent(Denoiser):
     def adapt(self, rank):
         """LoRA: the network freezes, low-rank adapters on its attention learn."""
         from peft import LoraConfig
+        if self.rank not in (0, rank):
+            raise ValueError(f"--lora {rank}: the run it starts from has adapters of rank {self.rank}")
+        if self.rank:
+            return                                           # they go on learning
         self.rank = rank
         self.network.requires_grad_(False)
         attention = ["to_q", "to_k", "to_v", "to_out.0",
@@ -119,7 +126,8 @@ class Latent(Denoiser):
             raise ValueError(f"the text encoders are gone and never read '{new[0][:80]}'")
         if new:
             from safetensors.torch import save_file
-            said = self.ask(new)
+            with torch.autocast(parallel.device().type, enabled=False):
+                said = self.ask(new)
             for i, caption in enumerate(new):
                 partial = self.place(caption).with_suffix(f".{os.getpid()}")
                 save_file({k: v[i].clone().cpu() for k, v in said.items()}, partial)
@@ -186,10 +194,10 @@ class SD15(Latent):
 
     def ask(self, captions):
         pipe = self.outside[0]
-        text = pipe.encode_prompt(captions, self.alpha.device, 1, False)[0]               # (B, 77, 768)
+        text = pipe.encode_prompt(captions, parallel.device(), 1, False)[0]               # (B, 77, 768)
         ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         end = (ids == pipe.tokenizer.eos_token_id).int().argmax(1)            # where CLIP sums up
-        return {"text": text, "pooled": text[torch.arange(len(text)), end]}
+        return {"text": text, "pooled": text[torch.arange(len(text)), end.to(text.device)]}
 
     def call(self, x, time, cond):
         return self.network(x, time, cond["text"]).sample
@@ -200,7 +208,7 @@ class SDXL(Latent):
 
     def ask(self, captions):
         pipe = self.outside[0]
-        text, _, pooled, _ = pipe.encode_prompt(captions, device=self.alpha.device,
+        text, _, pooled, _ = pipe.encode_prompt(captions, device=parallel.device(),
                                                 do_classifier_free_guidance=False)
         if pipe.config.force_zeros_for_empty_prompt:         # what it was trained to take for "no caption"
             said = torch.tensor([bool(c) for c in captions], device=text.device).to(text)
@@ -222,7 +230,7 @@ class SD3(Latent):
     """Stable Diffusion 3: a transformer on the straight line of rectified flow, two CLIPs and T5."""
 
     def ask(self, captions):
-        text, _, pooled, _ = self.outside[0].encode_prompt(captions, None, None, device=self.alpha.device,
+        text, _, pooled, _ = self.outside[0].encode_prompt(captions, None, None, device=parallel.device(),
                                                            do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 

@@ -390,18 +390,20 @@ def prepare(arguments):
         model.adapt(plan["lora"])
     if plan["lean"]:
         model.save_memory()
-    base = model.twin().to(models.device())
+    base = model.twin()                                      # on the processor while nobody asks it
     if config.init == "random":
         model.forget()
-    model.to(models.device())
+    model.to(parallel.device())
+    if config.has_teacher:
+        base.to(parallel.device())
     if plan["shard"]:
         if getattr(config, "own", 0):
             raise ValueError("--shard wants own=0: all processes must call the network equally often")
         if parallel.world() == 1:
             raise ValueError("--shard spreads the weights over several processes: start them with torchrun")
-        for network in {model.network, base.network}:
+        for network in {model.network, base.network} if config.has_teacher else {model.network}:
             parallel.shard(network)
-    run = Run(model, base, critic.to(models.device()), METHODS[plan["method"]][0], config, source,
+    run = Run(model, base, critic.to(parallel.device()), METHODS[plan["method"]][0], config, source,
               plan["steps"], plan["seed"])
     if arguments.resume:
         try:
@@ -420,7 +422,7 @@ def prepare(arguments):
 def report(run, examiner, out, captions):
     """The before/after table and picture."""
     with run.averaged() as model:
-        players = {"before": run.teacher, "after": model}
+        players = {"before": run.teacher.to(parallel.device()), "after": model}
         rows, shown = evaluate.examine([(who, players[who], steps, settings)
                                         for who, steps, settings in run.config.rows()], captions, examiner)
     if parallel.rank() > 0:
