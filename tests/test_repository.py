@@ -70,13 +70,14 @@ def test_weights_fit_their_budget():
 
 # -------------------------------------------------------------------------------------- the README's commands
 
-SHRINK = {"adt.py": [('pictures per step"] = 32', 'pictures per step"] = 2'),
+SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-batch"] = 2'),
                      ('that training runs"] = 10', 'that training runs"] = 2')],
-          "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 450)", ", 2)")],
+          "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 450)", ", 2)"),
+                       ("{}, 300)", "{}, 2)")],
           "evaluate.py": [("default=2000", "default=200")],
           "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("for row in plan.rows:", "for row in plan.rows[::4]:"),
-                       ("steps=1500", "steps=2"), ("(20, {}), ", ""),
+                       ("steps=1500", "steps=2"), ("steps=900", "steps=2"), ("(20, {}), ", ""),
                        ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("8, 25, 50)", "8)"),
                        ('(25, {"guidance": 2.})', "(2, {})"), ("(25, {})", "(3, {})")],
           "pretrain.py": [(r"Recipe\(\d+, \d+,", "Recipe(1, 2,")]}
