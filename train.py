@@ -469,6 +469,9 @@ def main(argv=None):
         parser.exit(130, f"\nstopped after step {run.done}; go on with: python train.py --resume {out}\n")
     except ArithmeticError as error:
         parser.exit(1, f"\ntrain.py: {error}\n")
+    except (ValueError, OSError) as error:                   # the data, or the disk
+        save(run, out, facts)
+        parser.exit(2, f"\ntrain.py: after step {run.done}: {error}; then: python train.py --resume {out}\n")
     if arguments.samples:
         report(run, examiner, out, captions)
 

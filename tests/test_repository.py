@@ -74,7 +74,8 @@ SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-bat
                      ('that training runs"] = 10', 'that training runs"] = 2')],
           "train.py": [("SAMPLES = 2000", "SAMPLES = 200"), (", 500)", ", 2)"), (", 450)", ", 2)"),
                        ("{}, 300)", "{}, 2)")],
-          "evaluate.py": [("default=2000", "default=200")],
+          "add.py": [("(1, 4, 25)", "(1, 2, 3)")],
+          "evaluate.py": [("default=2000", "default=200"), ("(10, {}), (25, {})", "(2, {})")],
           "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("for row in plan.rows:", "for row in plan.rows[::4]:"),
                        ("steps=1500", "steps=2"), ("steps=900", "steps=2"), ("(20, {}), ", ""),
@@ -114,5 +115,6 @@ def test_readme_command_runs(clone, command):
     """Every command of the README as it stands, on shrunken budgets."""
     command = command.split("  #")[0].replace("python ", f"{sys.executable} ")
     command = re.sub(r"(train\.py.*?) --steps \d+", r"\1 --steps 3", command)
+    command = re.sub(r"(evaluate\.py.*?) --steps [\d,]+", r"\1 --steps 2,3", command)
     done = subprocess.run(["bash", "-ec", command], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
