@@ -45,8 +45,10 @@ class Config:
     # the discriminator
     features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
+    timed: Annotated[bool, "ours: it knows, too, at which of its times the student leapt"] = True
     gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-4
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
+    whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
     # the optimisers
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
@@ -57,7 +59,7 @@ class Config:
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, student; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "ours: largest gradient norm, heads; 0 = no limit"] = 1.0
-    steps_d: Annotated[int, "ours: steps of the heads per step of the student"] = 3
+    steps_d: Annotated[int, "ours: steps of the heads per step of the student"] = 1
     ema: Annotated[float, "ours: decay of the averaged student, the one that is kept"] = 0.99
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 0
 
@@ -85,7 +87,7 @@ class Config:
 
     def critic(self, features, text_width):
         known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
-        return discriminator.Projected(features, known[self.condition])
+        return discriminator.Projected(features, known[self.condition] + self.timed * self.student_steps)
 
 
 # What large models want otherwise. Paper: pure noise is told as T and gets its fair share of the batch,
@@ -95,22 +97,28 @@ LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1.
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
 
 
-def knowledge(critic, batch, cond, terminal, config):
-    """c = (c_text, c_img), what the discriminator may know of either picture (B, C). c_img is the CLS token
-    of the real x_0, since below the last time the student sees some of it; at the last (`terminal`, (B,)) it
-    cannot, and c_img is zero there for real and fake alike, or its presence would give the answer away."""
+def knowledge(critic, batch, cond, stop, blind, config):
+    """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C), each part of
+    one length. c_img is the CLS token of the real x_0, since below the last time the student sees some of it;
+    where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence would give the
+    answer away. The time is `stop` (B,), which of the student's: a discriminator of all its pictures together
+    makes one step sharper because it is soft, and four steps, by the same stroke, too sharp."""
     parts = []
     if config.condition in ("both", "text"):
         parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
     if config.condition in ("both", "image"):
-        parts.append(critic.features.summary(batch.image) * ~terminal[:, None])
+        parts.append(critic.features.summary(batch.image) * ~blind[:, None])
+    if config.timed:
+        length = parts[0].shape[1] ** .5 if parts else 1.
+        parts.append(length * F.one_hot(stop, config.student_steps))
     return torch.cat(parts, 1) if parts else None
 
 
 def leap(model, x0, cond, config):
-    """One call of the network at a random student time -> x0_hat (B, C, h, w), with gradient, and which
-    samples saw nothing of the real x_0 (B,): those from pure noise, and those (a share of the others) whose
-    x_s was made, as it will be in use, of what the student itself leapt to from the times before."""
+    """One call of the network at a random student time -> x0_hat (B, C, h, w), with gradient; which time it
+    was (B,), 0 the last; and which samples saw nothing of the real x_0 (B,): those from pure noise, and those
+    (a share of the others) whose x_s was made, as it will be in use, of what the student itself leapt to from
+    the times before."""
     times = config.path(model.T).to(x0.device)
     others = (1 - config.terminal) / max(len(times) - 1, 1)
     odds = torch.tensor([config.terminal] + [others] * (len(times) - 1))      # tau_n = T first, … tau_1
@@ -127,7 +135,7 @@ def leap(model, x0, cond, config):
         x0 = x0.index_copy(0, own, landed[stop[own] - 1, torch.arange(len(own), device=own.device)])
     # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
     x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
-    return model.split(x_s, model.predict(x_s, s, cond), s)[0], terminal.index_fill(0, own, True)
+    return model.split(x_s, model.predict(x_s, s, cond), s)[0], stop, terminal.index_fill(0, own, True)
 
 
 @torch.no_grad()
@@ -161,10 +169,10 @@ def generator_loss(model, teacher, critic, batch, config):
     with torch.no_grad():
         x0 = model.encode(batch.image)
         cond = model.condition(batch.caption, batch.frame)
-    x0_hat, terminal = leap(model, x0, cond, config)
+    x0_hat, stop, blind = leap(model, x0, cond, config)
     picture, terms = model.decode(x0_hat), {}
     fake = discriminator.visible(picture)
-    known = knowledge(critic, batch, cond, terminal, config)
+    known = knowledge(critic, batch, cond, stop, blind, config)
     if config.lambda_adv:
         adv = losses.hinge_generator(critic(None, augmented(fake, config), known))            # ADD eq. 2
         terms["adv"] = config.lambda_adv * adv

@@ -39,6 +39,7 @@ class Config:
     pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
     features: Annotated[Literal["vit", "cnn", "random"], "paper: the frozen eyes; DINOv2's place"] = "vit"
+    whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
@@ -54,7 +55,7 @@ class Config:
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
     clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
-    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 3
+    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 1
     ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
     warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
 

@@ -35,17 +35,43 @@ class Features(nn.Module):
             maps, cls = backbone(torch.zeros(1, 3, 32, 32))
         self.shapes = [maps[i].shape[1:] for i in self.layers]                # (D, h, w) of each
         self.width = cls[-1].shape[1]
+        for i, (d, _, _) in enumerate(self.shapes):
+            self.register_buffer(f"centre{i}", torch.zeros(d))
+            self.register_buffer(f"whiten{i}", torch.eye(d))
 
     def train(self, mode=True):
         return super().train(False)
 
-    def forward(self, image):
-        """(B, 3, H, W) -> one (B, D, h, w) per layer: CLS, where there is one, is added to every token, then
-        each token is brought to zero mean and unit variance, so that heads on any layer start from the same
-        scale."""
+    def tokens(self, image):
+        """(B, 3, H, W) -> one (B, h, w, D) per layer: CLS, where there is one, is added to every token, then
+        each token is brought to zero mean and unit variance, so that heads on any layer start alike."""
         maps, cls = self.backbone(image)
         seen = [maps[i] if cls[i] is None else maps[i] + cls[i][..., None, None] for i in self.layers]
-        return [F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]).movedim(-1, 1) for x in seen]
+        return [F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]) for x in seen]
+
+    @torch.no_grad()
+    def level(self, pictures, floor=.1):
+        """From now on, features are whitened by what real pictures, a list of (B, 3, H, W), show: every
+        direction of a layer has the same variance over their tokens. Before, a few loud ones have nearly all
+        of it; heads learn a direction the faster the louder it is, and what is wrong with a good fake is in
+        the quiet ones. What has less than the share `floor` of the mean variance is hardly raised further."""
+        sums = [0] * len(self.layers)
+        for image in pictures:                               # of 1 and x, the sums of x x^T
+            ones = [F.pad(x.flatten(0, 2).double(), (1, 0), value=1.) for x in self.tokens(image)]
+            sums = [total + x.T @ x for total, x in zip(sums, ones)]
+        for i, total in enumerate(sums):
+            moments = total / total[0, 0]
+            centre = moments[0, 1:]
+            spread, axes = torch.linalg.eigh(moments[1:, 1:] - centre.outer(centre))
+            white = axes * (spread.clamp(min=0) + floor * spread.mean()) ** -.5 @ axes.T
+            setattr(self, f"centre{i}", centre.float()), setattr(self, f"whiten{i}", white.float())
+
+    def forward(self, image):
+        """(B, 3, H, W) -> one (B, D, h, w) per layer, in full precision: what is quiet drowns in bf16."""
+        seen = self.tokens(image)
+        with torch.autocast(image.device.type, enabled=False):
+            return [((x - getattr(self, f"centre{i}")) @ getattr(self, f"whiten{i}")).movedim(-1, 1)
+                    for i, x in enumerate(seen)]
 
     @torch.no_grad()
     def summary(self, image):

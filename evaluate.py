@@ -105,7 +105,7 @@ def measure(examiner, model, steps, guidance=1.0, out=None, **how):
     gets the pictures, too."""
     images = draw(model, examiner.asked.caption, steps, guidance=guidance, **how)
     if out:
-        images = sample(model, examiner.asked.caption, steps, guidance=guidance, **how)
+        images = torch.cat(list(images))
         folder_of(images, examiner.asked.caption, out)
     figures = examiner.score(images)
     above = [figures[name] - examiner.floor[name] for name in ("fd", "fd-dinov2") if name in figures]

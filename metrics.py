@@ -44,13 +44,15 @@ def cmmd(a, b, width=10.):
 # ------------------------------------------------------------------------------------------------- judges
 
 def loaded(kind, source, flag):
-    """A frozen transformers model from a folder or hub id."""
+    """A transformers class from a folder or hub id; a model of it frozen."""
     import transformers
     try:
-        return getattr(transformers, kind).from_pretrained(source).eval().requires_grad_(False)
+        thing = getattr(transformers, kind).from_pretrained(source)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        raise OSError(f"{flag} {source}: cannot load a {kind} from it ({why})") from None
+        raise OSError(f"{flag} {source}: cannot load {kind} from it ({why}); "
+                      "name a folder that holds one") from None
+    return thing.eval().requires_grad_(False) if isinstance(thing, torch.nn.Module) else thing
 
 
 def prepared(images, side, mean, spread):
@@ -66,7 +68,7 @@ class Clip:
 
     def __init__(self, source, flag, device="cpu"):
         self.model = loaded("CLIPModel", source, flag).to(device)
-        self.words = loaded_tokenizer(source, flag)
+        self.words = loaded("AutoTokenizer", source, flag)
         self.side = self.model.config.vision_config.image_size
 
     @torch.no_grad()
@@ -81,14 +83,6 @@ class Clip:
         tokens = self.words(captions, padding=True, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.model.device)
         return F.normalize(self.model.text_projection(self.model.text_model(**tokens).pooler_output)).cpu()
-
-
-def loaded_tokenizer(source, flag):
-    import transformers
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise OSError(f"{flag} {source}: no tokenizer in it ({type(error).__name__})") from None
 
 
 def aesthetics(path):
@@ -125,6 +119,7 @@ class Panel:
         self.taste = aesthetics(judges["aesthetics"]) if "aesthetics" in judges else None
         both = source.batch(2 * n, torch.Generator().manual_seed(seed))
         self.reference, self.asked = self.look(both.image[:n]), both[slice(n, None)]
+        self.said = {name: judge.caption(self.asked.caption) for name, judge in self.clips.items()}
         self.floor = self.score(self.asked.image)
 
     def look(self, images):
@@ -152,7 +147,7 @@ class Panel:
         if "clip" in seen:
             figures["cmmd"] = cmmd(self.reference["clip"], seen["clip"])
         for name, judge in self.clips.items():
-            agreement = (seen[name] * judge.caption(self.asked.caption)).sum(1).mean()
+            agreement = (seen[name] * self.said[name]).sum(1).mean()
             figures[name] = float(agreement * (judge.model.logit_scale.exp() if name == "pickscore" else 1))
         if self.taste:
             figures["aesthetics"] = float(self.taste(seen["clip"]).mean())

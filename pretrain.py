@@ -193,7 +193,7 @@ def main(argv=None):
                                                                 or (out / f"{which}.state").exists()):
                 raise ValueError(f"{out} holds a finished {which} already: --overwrite replaces it, "
                                  "--out names another folder")
-        networks.TinyText(source.words).tokens(source.phrases)                  # no caption may be too long
+        networks.TinyText(source.words).tokens(source.phrases)                # no caption may be too long
         out.mkdir(parents=True, exist_ok=True)
         for which in wanted:
             recipe = deepcopy(RECIPES[which].get(arguments.data, RECIPES[which]["fashion"]))

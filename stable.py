@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import metrics
 import parallel
 from denoiser import Denoiser
 
@@ -309,10 +310,4 @@ def dino(which, weights=None):
         return Dino(Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)))
     if which != "vit":
         raise ValueError(f"real models have features=vit (DINOv2) or random, not {which}")
-    source = str(weights or "facebook/dinov2-small")
-    try:
-        return Dino(Dinov2Model.from_pretrained(source, use_safetensors=True))
-    except Exception as error:
-        why = str(error).strip().split("\n")[0][:200]
-        raise OSError(f"cannot load DINOv2 from {source} ({type(error).__name__}: {why}); "
-                      "name a folder that holds it with --features") from None
+    return Dino(metrics.loaded("Dinov2Model", weights or "facebook/dinov2-small", "--features"))

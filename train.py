@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,10 @@ import parallel
 import sampler
 
 # name: the module, the settings that make the method, the default length of a run
-METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 450), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
+METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 600), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
 LONG = 2000                                                  # the same for real models: CoMat's (secondary)
 SAMPLES = 2000                                               # pictures that a run is examined on
+PRODUCTS = "*.png", "*.json", "*.jsonl", "*.md", "*.safetensors", "checkpoint.pt", "pipeline", "scheduler"
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 
 
@@ -358,6 +360,8 @@ def plan_of(arguments):
             if not arguments.overwrite:
                 raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
                                  "--overwrite replaces it, --out names another folder")
+            if plan["weights"] and Path(plan["weights"]).resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"--weights {plan['weights']} lies in the run that would be replaced")
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
     plan.setdefault("steps", LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2])
@@ -372,6 +376,11 @@ def prepare(arguments):
     """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
     plan, out = plan_of(arguments)
     config = settle(plan["method"], plan["set"], plan["model"])
+    plan["rows"] = [row[1:] for row in config.rows() if row[0] == "after"]
+    if plan["shard"] and getattr(config, "own", 0):
+        raise ValueError("--shard wants own=0: all processes must call the network equally often")
+    if plan["shard"] and parallel.world() == 1:
+        raise ValueError("--shard spreads the weights over several processes: start them with torchrun")
     source = data.build(plan["data"], plan["size"] or models.pixels(plan["model"]))
     model = models.build(plan["model"], source.name, plan["weights"], plan["size"])
     config.path(model.T)
@@ -385,7 +394,11 @@ def prepare(arguments):
         model.close()
     torch.manual_seed(plan["seed"])
     eyes = models.features(plan["model"], source.name, config.features, plan["features"], plan["weights"])
-    critic = config.critic(discriminator.Features(eyes), text_width)
+    eyes = discriminator.Features(eyes).to(parallel.device())
+    if config.whiten:
+        real = source.batch(32 if model.heavy else 256, torch.Generator().manual_seed(0))
+        eyes.level(real.to(parallel.device(), model.size).image.split(8))
+    critic = config.critic(eyes, text_width)
     if plan["lora"]:
         model.adapt(plan["lora"])
     if plan["lean"]:
@@ -397,10 +410,6 @@ def prepare(arguments):
     if config.has_teacher:
         base.to(parallel.device())
     if plan["shard"]:
-        if getattr(config, "own", 0):
-            raise ValueError("--shard wants own=0: all processes must call the network equally often")
-        if parallel.world() == 1:
-            raise ValueError("--shard spreads the weights over several processes: start them with torchrun")
         for network in {model.network, base.network} if config.has_teacher else {model.network}:
             parallel.shard(network)
     run = Run(model, base, critic.to(parallel.device()), METHODS[plan["method"]][0], config, source,
@@ -442,11 +451,9 @@ def start(out, plan, run, resumed):
         return
     out.mkdir(parents=True, exist_ok=True)
     if not resumed:
-        for old in [*out.glob("*.png"), *out.glob("*.jsonl"), *out.glob("*.json"), *out.glob("*.md"),
-                    out / "checkpoint.pt", out / "denoiser.safetensors"]:
-            old.unlink(missing_ok=True)
-    rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
-    write(out / "config.json", json.dumps({**plan, "rows": rows, "config": provenance(run.config)}, indent=1))
+        for old in [path for pattern in PRODUCTS for path in out.glob(pattern)]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
     print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
 
 
@@ -459,9 +466,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: {error}\n" * (parallel.rank() == 0))
     captions = run.source.batch(4 if run.model.heavy else 16, torch.Generator().manual_seed(7)).caption
-    rows = [row[1:] for row in run.config.rows() if row[0] == "after"]
-    facts = {"data": run.source.name, "rows": rows, **{key: plan[key] for key in ("method", "set", "seed")}}
-    steps, settings = rows[0]
+    facts = {"data": run.source.name, **{key: plan[key] for key in ("rows", "method", "set", "seed")}}
+    steps, settings = plan["rows"][0]
     try:
         loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))
     except KeyboardInterrupt:

@@ -37,7 +37,7 @@ def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
         torch.manual_seed(1)
         model.calls.clear()
         picture = torch.full((64, 2, 4, 4), value, dtype=torch.float64)
-        _, terminal = add.leap(model, picture, cond, add.Config(own=0.))
+        _, _, terminal = add.leap(model, picture, cond, add.Config(own=0.))
         inputs.append(model.calls[0][0])
     apart = (inputs[0] - inputs[1]).abs().flatten(1).amax(1)
     assert 16 < terminal.sum() < 48 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
@@ -49,7 +49,7 @@ def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
     Only pure noise may be told an earlier time, by which its output is then read."""
     model = toy()
     picture = torch.full((64, 2, 64, 64), 3., dtype=torch.float64)
-    x0_hat, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last, own=0.))
+    x0_hat, _, terminal = add.leap(model, picture, model.condition(["a"] * 64), add.Config(last=last, own=0.))
     x, time, _ = model.calls[0]
     told, end = (time * model.T).round().long(), round(last * 1000) - 1
     assert sorted(set(told.tolist())) == [249, 499, 749, end] and ((told == end) == terminal).all()
@@ -66,7 +66,7 @@ def test_pure_noise_has_its_share_of_the_batch(toy, steps, terminal, share):
     model = toy()
     torch.manual_seed(0)
     config = add.Config(student_steps=steps, terminal=terminal, own=0.)
-    _, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
+    _, stop, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
                         model.condition(["a"] * 4000), config)
     assert found.float().mean().item() == pytest.approx(share, abs=.03)
     counts = torch.bincount((model.calls[0][1] * 1000).round().long()).float()[:800] / 4000
@@ -77,7 +77,7 @@ def test_the_student_of_an_eps_model_keeps_the_schedules_alpha(toy):
     """Pure noise goes in, but x0 comes out by the schedule's own (alpha_T, sigma_T): 0/0 is never near."""
     model = toy("eps")
     torch.manual_seed(0)
-    x0_hat, terminal = add.leap(model, torch.zeros(32, 2, 4, 4, dtype=torch.float64),
+    x0_hat, _, terminal = add.leap(model, torch.zeros(32, 2, 4, 4, dtype=torch.float64),
                                 model.condition(["a"] * 32), add.Config(last=1., own=0.))
     alpha, sigma = model.at(torch.tensor([999]))
     x, time, _ = model.calls[0]
@@ -99,7 +99,7 @@ def test_below_pure_noise_the_student_may_start_from_its_own_leaps(toy, monkeypa
     monkeypatch.setattr(model, "output", output)
     for share in (.5, 1.):
         model.calls.clear()
-        _, blind = add.leap(model, torch.full((64, 2, 64, 64), 9., dtype=torch.float64),
+        _, stop, blind = add.leap(model, torch.full((64, 2, 64, 64), 9., dtype=torch.float64),
                             model.condition(["a"] * 64), add.Config(own=share))
         *chain, (x, s, with_gradient) = model.calls
         assert with_gradient and len(chain) == 3 and not any(grad for *_, grad in chain)
@@ -233,7 +233,7 @@ def test_r1_acts_on_logits_of_convincing_pictures_and_stops_at_the_heads(world):
     """A penalty on the hinge would vanish where real logits exceed 1; one through the backbone would need its
     second derivatives. Neither here: every head learns from R1 alone, and pictures get no gradient."""
     _, _, critic, batch = world
-    config = add.Config(gamma=1., condition="none")
+    config = add.Config(gamma=1., condition="none", timed=False)
     critic = config.critic(critic.features, 128).requires_grad_(True).train()
     for head in critic.heads:
         head.leave.bias.data.fill_(100.)                     # all real logits far beyond the margin
@@ -250,12 +250,12 @@ def test_r1_on_a_share_of_the_batch_has_the_mean_of_the_whole(world):
     """Each quarter is a sample of the batch: the mean over all quarters is the penalty of the whole."""
     _, _, critic, batch = world
     def penalty(order, share):
-        config = add.Config(gamma=1., condition="none", augment=0., share_r1=share)
+        config = add.Config(gamma=1., condition="none", timed=False, augment=0., share_r1=share)
         shown = data.Batch(*(field[order] if torch.is_tensor(field) else field for field in
                              (batch.image, batch.caption, batch.truth, batch.named)))
         terms, _, _ = add.discriminator_loss(plain, shown, torch.zeros_like(batch.image), None, config)
         return terms["R1"].item()
-    plain = add.Config(condition="none").critic(critic.features, 128).eval()
+    plain = add.Config(condition="none", timed=False).critic(critic.features, 128).eval()
     parts = [penalty(torch.arange(4).roll(-i), .25) for i in range(4)]
     assert max(parts) > 1.01 * min(parts)
     assert sum(parts) / 4 == pytest.approx(penalty(torch.arange(4), 1.), rel=1e-3)
@@ -268,12 +268,18 @@ def test_what_the_discriminator_may_know_changes_its_verdict(world, condition):
     torch.manual_seed(0)
     critic = config.critic(critic.features, 128).eval()
     cond, none = model.condition(batch.caption), torch.zeros(4, dtype=torch.bool)
-    known = add.knowledge(critic, batch, cond, none, config)
+    first, last = torch.full((4,), 3), torch.zeros(4, dtype=torch.long)
+    known = add.knowledge(critic, batch, cond, first, none, config)
     swapped = data.Batch(batch.image.flip(0), batch.caption[::-1], batch.truth.flip(0), batch.named.flip(0))
-    other = add.knowledge(critic, swapped, model.condition(batch.caption[::-1]), none, config)
+    other = add.knowledge(critic, swapped, model.condition(batch.caption[::-1]), first, none, config)
     logits = critic(None, batch.image, known)
     assert logits.shape == (4, 256 + 4 * 64)
     assert torch.equal(logits, critic(None, batch.image, other)) == (condition == "none")
+    later = add.knowledge(critic, batch, cond, last, none, config)
+    assert not torch.equal(logits, critic(None, batch.image, later))
+    config.timed = False
+    known, later = (add.knowledge(critic, batch, cond, stop, none, config) for stop in (first, last))
+    assert known is later is None if condition == "none" else torch.equal(known, later)
 
 
 @pytest.mark.parametrize("condition", ["both", "image"])
@@ -282,8 +288,9 @@ def test_at_the_last_time_the_real_picture_is_unknown_to_both_branches(world, co
     model, _, critic, batch = world
     config, terminal = add.Config(condition=condition, gamma=0.), torch.tensor([True, False, True, False])
     known = add.knowledge(config.critic(critic.features, 128), batch, model.condition(batch.caption),
-                          terminal, config)
-    about_image = known[:, -128:]
+                          torch.tensor([0, 1, 0, 2]), terminal, config)
+    about_image = known[:, -132:-4]                          # then the time
+    assert known[:, -4:].argmax(1).tolist() == [0, 1, 0, 2]
     assert (about_image[terminal] == 0).all() and (about_image[~terminal].abs().sum(1) > 1).all()
     shown = []
     class Recorder(torch.nn.Module):

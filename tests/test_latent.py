@@ -355,7 +355,7 @@ def test_what_cannot_be_loaded_is_one_sentence(world, tmp_path, capsys, monkeypa
                            (["--weights", "nobody/nothing-of-that-name"], "hf auth login"),
                            (["--weights", str(half)], "complete it, or copy it again"),
                            (["--weights", str(cut)], "complete it, or copy it again"),
-                           (["--features", str(empty)], "cannot load DINOv2"),
+                           (["--features", str(empty)], "cannot load Dinov2Model"),
                            (["--size", "30"], "wanted a multiple of"),
                            (["--set", "features=cnn"], "features=vit (DINOv2) or random"),
                            (["--lora", "4", "--set", "init=random"], "exclude each other")):

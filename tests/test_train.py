@@ -218,8 +218,14 @@ def test_a_resume_that_cannot_be_is_a_sentence(tmp_path, capsys):
     assert "not the config.json" in complaint()
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, monkeypatch, capsys):
     out = go(tmp_path / "run", "--steps", "1", "--samples", "200")
+    for name in ("pipeline/unet", "scheduler"):
+        (out / name).mkdir(parents=True)
+    (out / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(SystemExit):                          # it would pull the ground from under itself
+        go(out, "--steps", "1", "--overwrite", "--weights", str(out / "denoiser.safetensors"))
+    assert (out / "denoiser.safetensors").exists() and "would be replaced" in capsys.readouterr().err
     monkeypatch.setattr(train, "loop", lambda *rest: None)   # dies before its first step
     go(out, "--steps", "1", "--overwrite")
     assert [p.name for p in out.iterdir()] == ["config.json"]
