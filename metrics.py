@@ -43,11 +43,11 @@ def cmmd(a, b, width=10.):
 
 # ------------------------------------------------------------------------------------------------- judges
 
-def loaded(kind, source, flag):
+def loaded(kind, source, flag, **how):
     """A transformers class from a folder or hub id; a model of it frozen."""
     import transformers
     try:
-        thing = getattr(transformers, kind).from_pretrained(source)
+        thing = getattr(transformers, kind).from_pretrained(source, **how)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         raise OSError(f"{flag} {source}: cannot load {kind} from it ({why}); "

@@ -310,4 +310,5 @@ def dino(which, weights=None):
         return Dino(Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)))
     if which != "vit":
         raise ValueError(f"real models have features=vit (DINOv2) or random, not {which}")
-    return Dino(metrics.loaded("Dinov2Model", weights or "facebook/dinov2-small", "--features"))
+    source = weights or "facebook/dinov2-small"
+    return Dino(metrics.loaded("Dinov2Model", source, "--features", use_safetensors=True))

@@ -395,7 +395,7 @@ def prepare(arguments):
     torch.manual_seed(plan["seed"])
     eyes = models.features(plan["model"], source.name, config.features, plan["features"], plan["weights"])
     eyes = discriminator.Features(eyes).to(parallel.device())
-    if config.whiten:
+    if config.whiten and config.lambda_adv and not arguments.resume:          # a checkpoint brings it along
         real = source.batch(32 if model.heavy else 256, torch.Generator().manual_seed(0))
         eyes.level(real.to(parallel.device(), model.size).image.split(8))
     critic = config.critic(eyes, text_width)

@@ -66,7 +66,7 @@ def test_pure_noise_has_its_share_of_the_batch(toy, steps, terminal, share):
     model = toy()
     torch.manual_seed(0)
     config = add.Config(student_steps=steps, terminal=terminal, own=0.)
-    _, stop, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
+    _, _, found = add.leap(model, torch.zeros(4000, 2, 1, 1, dtype=torch.float64),
                         model.condition(["a"] * 4000), config)
     assert found.float().mean().item() == pytest.approx(share, abs=.03)
     counts = torch.bincount((model.calls[0][1] * 1000).round().long()).float()[:800] / 4000
@@ -99,7 +99,7 @@ def test_below_pure_noise_the_student_may_start_from_its_own_leaps(toy, monkeypa
     monkeypatch.setattr(model, "output", output)
     for share in (.5, 1.):
         model.calls.clear()
-        _, stop, blind = add.leap(model, torch.full((64, 2, 64, 64), 9., dtype=torch.float64),
+        _, _, blind = add.leap(model, torch.full((64, 2, 64, 64), 9., dtype=torch.float64),
                             model.condition(["a"] * 64), add.Config(own=share))
         *chain, (x, s, with_gradient) = model.calls
         assert with_gradient and len(chain) == 3 and not any(grad for *_, grad in chain)

@@ -21,7 +21,7 @@ def fingerprint(module):
     return hashlib.sha256(b"".join(v.numpy().tobytes() for v in module.buffers())).hexdigest()
 
 
-def test_levelled_features_have_equal_variance_in_all_directions(tmp_path):
+def test_levelled_features_have_equal_variance_in_all_directions():
     """On the pictures they were levelled by: mean zero, and each variance v of before is now v / (v + floor),
     one but for the quietest. A second time, by parts, changes nothing; a checkpoint brings it back."""
     eyes = discriminator.Features(models.features("tiny", "fashion"))
