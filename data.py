@@ -272,19 +272,19 @@ def rows_of(table):
         if table.suffix == ".parquet":
             import pyarrow.parquet
             return list(enumerate(pyarrow.parquet.read_table(table).to_pylist(), 1))
-        text = table.read_text(encoding="utf-8")
+        text = table.read_text(encoding="utf-8-sig")
+        if table.suffix == ".csv":
+            return list(enumerate(csv.DictReader(text.splitlines()), 2))
     except ImportError:
         raise ValueError(f"{table} wants pyarrow: pip install pyarrow, or write metadata.jsonl") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"cannot read {table} ({error})") from None
-    if table.suffix == ".csv":
-        return list(enumerate(csv.DictReader(text.splitlines()), 2))
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"{table} line {number}: wanted a JSON object "
                                  "with file_name and text") from None
     return rows
@@ -305,6 +305,7 @@ class Folder:
         if not self.paths:
             raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, "
                              "or a .txt beside each")
+        self.check(folder)
         self.sizes = dict.fromkeys(("train", "test"), len(self.paths))
         self.words = sorted({w for text in self.captions for w in text.lower().split()})
         self.phrases = sorted(set(self.captions))
@@ -324,13 +325,11 @@ class Folder:
             paths, captions = [], []
             for number, row in rows_of(table):
                 try:
-                    path, text = folder / row["file_name"], row["text"].strip()
+                    paths.append(folder / row["file_name"])
+                    captions.append(row["text"].strip())
                 except (KeyError, TypeError, AttributeError):
                     raise ValueError(f"{table} line {number}: wanted a JSON object (or a row) "
                                      "with file_name and text") from None
-                if not path.resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{table} line {number}: {row['file_name']} points outside {folder}")
-                paths.append(path), captions.append(text)
             return paths, captions
         kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
@@ -339,9 +338,24 @@ class Folder:
             raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
                              f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
         try:
-            return paths, [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in paths]
+            return paths, [p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for p in paths]
         except UnicodeDecodeError:
             raise ValueError(f"a caption in {folder} is not UTF-8: save the .txt files as UTF-8") from None
+
+    def check(self, folder):
+        """No name or link leads out of the folder, and every caption is text."""
+        home = folder.resolve()
+        for path, text in zip(self.paths, self.captions):
+            try:
+                inside, where = path.resolve().is_relative_to(home), str(path)
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}: its caption holds half a character; save it as UTF-8") from None
+            except (OSError, RuntimeError, ValueError):      # a loop of links, a name that none can have
+                inside, where = False, ascii(str(path))
+            if not inside:
+                raise ValueError(f"the picture {where[:200]} is not inside {folder}, or can be nowhere: "
+                                 "a folder may name its own files only")
 
     def read(self, row):
         """-> picture (3, size, size) uint8 and its frame: height and width it had, rows and columns (of the
@@ -349,17 +363,21 @@ class Folder:
         from PIL import Image, ImageOps
         try:
             with Image.open(self.paths[row]) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I;16"):            # sixteen bits, which convert would clip to white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
                 w, h = image.size
                 scale = self.size / min(w, h)
                 frame = torch.tensor([h, w, *(int((n * scale - self.size) / 2) for n in (h, w))])
                 image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:                           # a decoder of any file may raise anything
             self.broken.add(row)
+            name, why = str(self.paths[row])[-200:], str(error).split(": '")[0][:100]
             if len(self.broken) > .01 * len(self.paths):
-                raise ValueError(f"cannot read the image {self.paths[row]} ({error}): {len(self.broken)} of "
+                raise ValueError(f"cannot read the image {name} ({why}): {len(self.broken)} of "
                                  f"{len(self.paths)} images are broken; repair or remove them") from None
-            print(f"left out: {self.paths[row]} cannot be read ({error}); {len(self.broken)} so far")
+            print(f"left out: {name} cannot be read ({why}); {len(self.broken)} so far")
             return None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), frame
 
@@ -406,18 +424,17 @@ def contact_sheet(source, path, n=96, seed=0):
     figure.savefig(path, dpi=100)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw a contact sheet of a data set.")
     parser.add_argument("--show", required=True, metavar="DATA", help="glyphs, fashion, or a folder")
     parser.add_argument("--out", default=None, help="where to write the PNG (default: DATA.png)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    path = arguments.out or f"{Path(arguments.show).name}.png"
     try:
-        source = build(arguments.show)
+        contact_sheet(build(arguments.show), path, seed=arguments.seed)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
-    path = arguments.out or f"{Path(arguments.show).name}.png"
-    contact_sheet(source, path, seed=arguments.seed)
     print(f"wrote {path}")
 
 

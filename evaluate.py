@@ -24,8 +24,8 @@ import sampler
 
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
-PLAN = ("method", "model", "data", "weights", "features", "size", "lora", "lean", "shard", "seed", "steps",
-        "set")
+PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "features": str | None,
+        "size": int | None, "lora": int, "lean": bool, "shard": bool, "seed": int, "steps": int, "set": list}
 JUDGES = {"dino": "FD-DINOv2 (a Dinov2Model's folder or hub id)", "clip": "CLIP score and CMMD (a CLIPModel)",
           "pickscore": "PickScore (a CLIPModel)", "hps": "HPSv2 (a CLIPModel)",
           "aesthetics": "the LAION predictor's state dict, on top of --clip with ViT-L/14"}
@@ -171,8 +171,8 @@ def curves(log, path):
     for axis in axes.flat[len(keys):]:
         axis.axis("off")
     for axis, key in zip(axes.flat, keys):
-        points = [(row["step"], row[key]) for row in log if key in row]
-        axis.plot(*zip(*points), lw=.8)
+        points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+        axis.plot(*zip(*points), lw=.8) if points else None
         axis.set_title(key, fontsize=8)
         axis.tick_params(labelsize=6)
     figure.tight_layout()
@@ -194,8 +194,8 @@ def locate(name, a, dataset):
         path = models.find(SHIPPED[name], Path(dataset).name)
         if not path.is_file():
             raise FileNotFoundError(f"no '{name}' is shipped for the data set '{dataset}'")
-        model = models.build("tiny", dataset, path)
-        return name, model, dataset, None, model.facts.get("rows", BASE_ROWS)
+        model = models.build("tiny", dataset, path, a.size)
+        return name, model, dataset, None, ways(model.facts.get("rows"), path)
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
                                 "found nothing there")
@@ -206,18 +206,32 @@ def locate(name, a, dataset):
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
     group = " ".join([plan["method"], *plan["set"], f"({plan['steps']} steps)",
                       *([f"from {plan['weights']}"] if plan["weights"] else [])]) if plan else str(path)
-    rows = model.facts.get("rows") or plan.get("rows") or BASE_ROWS
+    rows = ways(model.facts.get("rows") or plan.get("rows"), path)
     return group, model, dataset, None if model.heavy else plan.get("weights"), rows
+
+
+def ways(rows, path):
+    """[(steps, sampler settings)] as a file names them, checked; BASE_ROWS where it names none."""
+    try:
+        for steps, settings in rows or []:
+            if not isinstance(steps, int) or settings.keys() - {"guidance", "shift", "last", "fresh"}:
+                raise TypeError
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path} names no ways to sample that this program knows") from None
+    return rows or BASE_ROWS
 
 
 def read_plan(path):
     """A run's config.json, checked."""
+    later = {"weights": None, "features": None, "size": None, "lora": 0, "lean": False, "shard": False}
     try:
-        plan = json.loads(Path(path).read_text())
-        for key in ("method", "model", "data", "seed", "steps", "set"):
-            plan[key]
-        return {key: plan.get(key) for key in (*PLAN, "rows")}               # the others came later
-    except (ValueError, KeyError, TypeError):
+        plan = later | json.loads(Path(path).read_text())
+        if not all(isinstance(plan[key], kind) for key, kind in PLAN.items()):
+            raise TypeError
+        if not all(isinstance(change, str) for change in plan["set"]):
+            raise TypeError
+        return {key: plan[key] for key in PLAN} | {"rows": plan.get("rows")}
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not the config.json of a run of this program") from None
 
 
@@ -284,6 +298,10 @@ def players_of(a):
     chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
     if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
         raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
+    if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
+        raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
+    if not Path(a.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     located = {name: locate(name, a, a.data) for name in a.models if name not in SHIPPED}
     dataset = next((one[2] for one in located.values()), a.data or "glyphs")         # the shipped ones follow
     names = a.models or [name for name in SHIPPED
@@ -291,27 +309,23 @@ def players_of(a):
     found = [located.get(name) or locate(name, a, dataset) for name in dict.fromkeys(names)]
     if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
         raise ValueError("these models belong to different data sets; measure them one data set at a time")
+    players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
+               for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
+                                       else rows)]
+    for _, model, steps, settings in players:
+        sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
     _, model, dataset, weights, _ = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None
     if a.prompt is None:
         source = data.build(dataset, model.size)
         captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-        if not model.heavy:
-            examiner = Examiner(source, a.samples, split=a.split, weights=weights)
-        elif judges:
-            examiner = metrics.Panel(source, a.samples, judges, parallel.device())
-    for _, model, *_ in found:
-        model.to(parallel.device()).condition(captions)
-    players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
-               for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
-                                       else rows)]
-    for _, model, steps, settings in players:
-        sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
-    if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
-        raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
-    if not Path(a.out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {a.out}: there is no such folder")
+    for _, one, *_ in found:
+        one.to(parallel.device()).condition(captions)
+    if a.prompt is None and not model.heavy:
+        examiner = Examiner(source, a.samples, split=a.split, weights=weights)
+    elif a.prompt is None and judges:
+        examiner = metrics.Panel(source, a.samples, judges, parallel.device())
     return players, examiner, captions
 
 

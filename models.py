@@ -148,6 +148,8 @@ def features(model, data, which="vit", folder=None, weights=None):
     never learned anything ("random")."""
     if model in FAMILIES:
         return stable.dino(which, folder)
+    if folder and not find("features", data, folder).is_relative_to(folder):
+        raise FileNotFoundError(f"--features {folder}: wanted a folder with a features.safetensors")
     if which == "cnn":
         return sealed(networks.TinyCNN, find("cnn", data, folder or weights))
     trained = sealed(networks.TinyViT, find("features", data, folder or weights))
@@ -178,7 +180,8 @@ def build(model, data, weights=None, size=None):
     path = Path(weights or WEIGHTS / data)
     path = path if path.is_file() else path / "denoiser.safetensors"
     state, facts = load(path)
-    if not facts.keys() >= {"words", "target"}:
+    words = facts.get("words")
+    if "target" not in facts or not isinstance(words, list) or not all(isinstance(w, str) for w in words):
         raise ValueError(f"{path} is not a tiny denoiser: its header names no words and target")
     denoiser = fill(TinyDenoiser(facts["words"], facts["target"]), state, path).requires_grad_(False)
     denoiser.network.requires_grad_(True)

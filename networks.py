@@ -73,7 +73,7 @@ class TinyText(nn.Module):
             for word in words:
                 if word not in self.index:
                     near = difflib.get_close_matches(word, self.index, 4, .5) or sorted(self.index)[:8]
-                    raise ValueError(f"the tiny text encoder does not know the word '{word}' "
+                    raise ValueError(f"the tiny text encoder does not know the word '{word[:40]}' "
                                      f"(in '{caption[:80]}'): it knows {len(self.index)} words, "
                                      f"the nearest {', '.join(near)}")
             if len(words) >= self.length:

@@ -14,13 +14,15 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import add
@@ -38,6 +40,8 @@ LONG = 2000                                                  # the same for real
 SAMPLES = 2000                                               # pictures that a run is examined on
 PRODUCTS = "*.png", "*.json", "*.jsonl", "*.md", "*.safetensors", "checkpoint.pt", "pipeline", "scheduler"
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
+HABIT = 100                                                  # so many steps in a row are one
+CHECKPOINT = 60                                              # seconds between two of the tiny model's
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -96,10 +100,12 @@ def gradient_norm(weights, before):
 class Run:
     """What a run owns; `step` is the algorithm."""
 
-    def __init__(self, model, teacher, critic, module, config, source, steps, seed=0):
+    def __init__(self, model, teacher, critic, module, config, source, steps, seed=0, skip=False):
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
+        self.skip, self.skipped = skip, 0                    # what a NaN does, and how many did
+        self.saved = 0                                       # the step of the last checkpoint
         self.warmup = min(config.warmup_d, steps // 4)
         self.reader, self.coming = ThreadPoolExecutor(1), None
         self.total = config.accumulate * parallel.world()
@@ -142,7 +148,7 @@ class Run:
                                    for shard, batch, (_, *made) in zip(self.shards, batches, halves)])
                 seen |= self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|")
         self.done += 1
-        return seen
+        return seen | {"skipped": self.skipped} if self.skip else seen
 
     def batches(self):
         """The micro-batches of this step; those of the next are read meanwhile."""
@@ -194,8 +200,10 @@ class Run:
         """One step of an optimiser -> its gradient's norm, before it was clipped."""
         parallel.add_up([w.grad for w in weights if w.grad is not None])
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
-        self.finite({name: norm})
-        optimiser.step()
+        if self.finite({name: norm}):
+            optimiser.step()
+        else:
+            self.skipped += 1
         return {name: norm}
 
     def dice(self, *words, step=None):
@@ -214,17 +222,19 @@ class Run:
         return seen
 
     def finite(self, figures):
-        """Stop before a NaN reaches the weights."""
-        for name, value in figures.items():
-            if not math.isfinite(value):
-                raise ArithmeticError(f"step {self.done}: {name} is {value}; the last checkpoint is good: "
-                                      "go on from it with --weights and a smaller lr, lr_d or lambda_adv")
+        """Whether a step may be taken. A NaN never reaches the weights: it stops the run, or, with
+        --on-nan skip, that half of the step."""
+        odd = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
+        if odd and not self.skip:
+            raise ArithmeticError(f"step {self.done}: {odd[0]}")
+        return not odd
 
     def state(self):
         """Everything the next step depends on."""
         return parallel.whole({"weights": [w.detach() for w in self.weights], "average": self.average,
-                               "done": self.done, **{name: getattr(self, name).state_dict()
-                                                     for name in ("critic", "opt_g", "opt_d")}})
+                               "done": self.done, "skipped": self.skipped,
+                               **{name: getattr(self, name).state_dict()
+                                  for name in ("critic", "opt_g", "opt_d")}})
 
     def restore(self, state):
         for own, saved in ((self.weights, state["weights"]), (self.average, state["average"])):
@@ -236,7 +246,8 @@ class Run:
             state["opt_g"]["state"][i] = {k: parallel.like(v, self.weights[i]) for k, v in moments.items()}
         for name in ("critic", "opt_g", "opt_d"):
             getattr(self, name).load_state_dict(state[name])
-        self.done = state["done"]
+        self.done = self.saved = state["done"]
+        self.skipped = state.get("skipped", 0)
 
     @contextmanager
     def averaged(self):
@@ -261,47 +272,104 @@ def write(path, text):
 
 
 def save(run, out, facts):
-    """One checkpoint with everything, and the result in a form that others load (a heavy one at the end)."""
-    state = run.state()
-    if parallel.rank() == 0:
-        partial = out / "checkpoint.part"
-        torch.save(state, partial)
-        partial.replace(out / "checkpoint.pt")
-    if run.done == run.steps or not run.model.heavy:
-        with run.averaged() as model:
-            model.keep(out, steps=run.done, **facts)
+    """One checkpoint with everything, and the result in a form that others load (a heavy one at the end).
+    OSError, and the checkpoint before is as it was, where the disk does not take it."""
+    state, partial = run.state(), out / "checkpoint.part"
+    try:
+        if parallel.rank() == 0:
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                os.fsync(file.fileno())                      # on the disk before it gets its name
+            partial.replace(out / "checkpoint.pt")
+        if run.done == run.steps or not run.model.heavy:
+            with run.averaged() as model:
+                model.keep(out, steps=run.done, **facts)
+    except (OSError, RuntimeError, SafetensorError) as error:                # each writer has its own
+        for unfinished in out.glob("*.part"):
+            unfinished.unlink()
+        raise OSError(f"cannot write the checkpoint of step {run.done} ({str(error)[:200]})") from None
+    run.saved = run.done
+
+
+def rows_of(path):
+    """The rows of a log, up to the first that a full disk or a power cut left unfinished."""
+    rows = []
+    with suppress(FileNotFoundError, ValueError):
+        for line in path.read_text().splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+@contextmanager
+def patience():
+    """Ctrl-C and SIGTERM wait for the end of the step: yields a list that then is no longer empty. The second
+    Ctrl-C does not wait; what follows within a second is the first, passed on by torchrun."""
+    asked = []
+    def hear(number, _):
+        if number == signal.SIGINT and asked and time.time() - asked[0] > 1:
+            os._exit(130)
+        asked.append(time.time())
+    kept = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def advice(log):
+    """What to try where the last steps show a habit; ArithmeticError where none of them could be taken."""
+    recent = log[-HABIT:]
+    if len(recent) < HABIT:
+        return None
+    if all(None in row.values() for row in recent):
+        raise ArithmeticError(f"step {recent[-1]['step']}: not one of the last {HABIT} steps was finite")
+    real, fake = ([row.get(f"D right on {what}", .5) or 0. for row in recent] for what in ("real", "fake"))
+    if min(real + fake) > .99:
+        return (f"the discriminator has been right about everything for {HABIT} steps: it has nothing left "
+                "to teach. A smaller lr_d or steps_d, more augment or (ADD) gamma may help")
+    if max(real) < .01 or max(fake) < .01:
+        return (f"the discriminator has said the same of all pictures for {HABIT} steps: it has learned "
+                "nothing. A larger lr_d or warmup_d, or a smaller (ADD) gamma may help")
+    return None
 
 
 def loop(run, out, facts, grid):
-    """Steps until done: log every step, now and then a picture from fixed noise and a checkpoint. Process 0
-    writes; the others draw and save along with it, for they may hold a share of the weights."""
-    every, seconds = (500, 900) if run.model.heavy else (50, 60)
+    """Steps until done, or until a signal asks to stop: log every step, now and then a picture from fixed
+    noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
+    share of the weights."""
+    every, seconds = (500, 900) if run.model.heavy else (50, CHECKPOINT)
     writes = parallel.rank() == 0
     log_path = out / "log.jsonl"
-    lines = log_path.read_text().splitlines() if log_path.exists() else []
-    log = [json.loads(line) for line in lines[:run.done]]    # what came after the checkpoint happens again
+    log = rows_of(log_path)[:run.done]                       # what came after the checkpoint happens again
     if writes:
         write(log_path, "".join(json.dumps(row) + "\n" for row in log))
     began = last = time.time()
     before = log[-1]["seconds"] if log else 0.
     bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1,
                disable=not writes)
-    with open(log_path if writes else os.devnull, "a", buffering=1) as file:
+    with patience() as asked, open(log_path if writes else os.devnull, "a", buffering=1) as file:
         for step in bar:
             seen = run.step()
-            log.append({"step": step, **{k: float(f"{v:.5g}") for k, v in seen.items()},
+            log.append({"step": step, **{k: float(f"{v:.5g}") if math.isfinite(v) else None
+                                         for k, v in seen.items()},
                         "seconds": round(before + time.time() - began, 2)})
             file.write(json.dumps(log[-1]) + "\n")
-            bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D") if k in seen}, refresh=False)
+            bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D", "skipped") if k in seen},
+                            refresh=False)
+            if (step + 1) % HABIT == 0 and (warning := advice(log)) and writes:
+                bar.write(f"step {step + 1}: {warning}")
             if (step + 1) % every == 0 or step + 1 == run.steps:
                 with run.averaged() as model:
                     drawn = grid(model)
                 if writes:
                     evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
                     evaluate.curves(log, out / "curves.png")
-            if parallel.agree(time.time() - last > seconds or step + 1 == run.steps):
+            if parallel.agree(bool(asked) or time.time() - last > seconds or step + 1 == run.steps):
                 save(run, out, facts)
                 last = time.time()
+                if parallel.agree(bool(asked)):
+                    break
 
 
 # --------------------------------------------------------------------------------------- before and after
@@ -330,6 +398,9 @@ def parse(argv=None):
     parser.add_argument("--out", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
+    parser.add_argument("--on-nan", choices=["stop", "skip"], default="stop",
+                        help="what a loss or gradient that is no number does: stop the run (default), "
+                        "or skip that player's step and count it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="any field of the Config")
     parser.add_argument("--samples", type=int, default=SAMPLES,
@@ -413,12 +484,14 @@ def prepare(arguments):
         for network in {model.network, base.network} if config.has_teacher else {model.network}:
             parallel.shard(network)
     run = Run(model, base, critic.to(parallel.device()), METHODS[plan["method"]][0], config, source,
-              plan["steps"], plan["seed"])
+              plan["steps"], plan["seed"], arguments.on_nan == "skip")
     if arguments.resume:
         try:
             run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
-        except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({str(error)[:80]})") from None
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
+                pickle.UnpicklingError) as error:
+            why = str(error).split("\n")[0][:80]
+            raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None
         if run.done > run.steps:
             raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
     n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
@@ -459,25 +532,31 @@ def start(out, plan, run, resumed):
 
 def main(argv=None):
     parser, arguments = parse(argv)
+    def leave(code, text):
+        parser.exit(code, text * (parallel.rank() == 0))
     try:
         parallel.start()
         plan, out, run, examiner = prepare(arguments)
         start(out, plan, run, bool(arguments.resume))
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: {error}\n" * (parallel.rank() == 0))
+        leave(2, f"train.py: {error}\n")
     captions = run.source.batch(4 if run.model.heavy else 16, torch.Generator().manual_seed(7)).caption
     facts = {"data": run.source.name, **{key: plan[key] for key in ("rows", "method", "set", "seed")}}
     steps, settings = plan["rows"][0]
+    go_on = f"python train.py --resume {out}"
+    def kept():
+        return f"the checkpoint of step {run.saved} is good" if run.saved else "nothing was saved before"
     try:
         loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))
-    except KeyboardInterrupt:
-        save(run, out, facts)
-        parser.exit(130, f"\nstopped after step {run.done}; go on with: python train.py --resume {out}\n")
     except ArithmeticError as error:
-        parser.exit(1, f"\ntrain.py: {error}\n")
+        leave(1, f"\ntrain.py: {error}; {kept()}: go on from it with other settings (--weights {out}, "
+                 f"a smaller lr, lr_d or lambda_adv), or leave such steps out: {go_on} --on-nan skip\n")
     except (ValueError, OSError) as error:                   # the data, or the disk
-        save(run, out, facts)
-        parser.exit(2, f"\ntrain.py: after step {run.done}: {error}; then: python train.py --resume {out}\n")
+        with suppress(OSError):
+            save(run, out, facts)
+        leave(2, f"\ntrain.py: {error}; {kept()}; then: {go_on}\n")
+    if run.done < run.steps:
+        leave(0, f"\nstopped after step {run.done}, all is saved; go on with: {go_on}\n")
     if arguments.samples:
         report(run, examiner, out, captions)
 
