@@ -39,7 +39,8 @@ TYPED = {  # main: command lines, as typed
         --seed x | --set | --set batch | --set =3 | --set batch= | --set batch=3=4 | --set lambda=1
         --set __class__=1 | --lora x | --size 64 | --size -1 | --shard | --resume nowhere
         --resume . | --resume README.md | --weights nowhere | --weights README.md | --weights .
-        --features nowhere | --features README.md | --on-nan explode | --nonsense | nonsense | --out README.md | --out . | --out /dev/null/x
+        --features nowhere | --features README.md | --on-nan explode
+        --nonsense | nonsense | --out README.md | --out . | --out /dev/null/x
         --method add --set path_steps=4 | --method diffusion --set lambda_adv=1 | --method add --set last=0
         --method add --set student_steps=1001 | --set path_steps=1001 | --set path_steps=0 | --set leak=2
         --method add --set teacher_steps=0 | --set train_steps=0 | --method add --set own=2
@@ -49,7 +50,8 @@ TYPED = {  # main: command lines, as typed
         base --fresh 2 | base --shift 0 | base --shift -1 | base --shift nan | base --samples 3
         base --samples x | base --split moon | base --split held_out --data fashion
         base --data cats | --data /dev/null | base --prompt zebra | base --out /nowhere/x.png
-        base --model dalle | base --seed x | --nonsense | base --model sd15 --weights nowhere --data glyphs | add --data cats | base --size 64""",
+        base --model dalle | base --seed x | --nonsense | base --model sd15 --weights nowhere --data glyphs
+        add --data cats | base --size 64""",
     pretrain: """--data cats | --steps 0 | --steps x | --target z | --only everything | --out README.md
         --nonsense | --data README.md""",
     data: """--show | --show cats | --show README.md | --show glyphs --out /nowhere/x.png | --seed 1

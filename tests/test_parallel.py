@@ -2,21 +2,30 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 from test_latent import command, world  # noqa: F401
+from test_survival import same
+
+
+def command_line(processes, *arguments):
+    """The command in one process, or in two under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                str(20000 + os.getpid() % 20000)] if processes == 2 else []
+    return [sys.executable, *torchrun, "train.py", *arguments]
 
 
 def go(out, processes, *arguments):
-    """The command in one process, or in two under torchrun, on the CPU -> its checkpoint, its log."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                str(20000 + os.getpid() % 20000)] if processes == 2 else []
+    """Run it on the CPU -> its checkpoint, its log."""
     home = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out.parent)}
-    done = subprocess.run([sys.executable, *torchrun, "train.py", *arguments, "--out", str(out)], cwd=ROOT,
+    where = [] if "--resume" in arguments else ["--out", str(out)]
+    done = subprocess.run(command_line(processes, *arguments, *where), cwd=ROOT,
                           text=True, capture_output=True, env=home)
     assert done.returncode == 0, done.stderr[-3000:]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -45,3 +54,23 @@ def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, ext
         assert a.keys() == b.keys()
         for key in a.keys() - own:
             assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
+
+
+def test_two_processes_go_on_bit_by_bit(tmp_path):
+    """The scheduler stops torchrun with SIGTERM: both finish the same step, save, and later go on as if
+    nothing had happened."""
+    typed = ["--method", "add", "--samples", "0", "--steps", "6", "--set", "batch=1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    state, log = go(whole, 2, *typed)
+    pair = subprocess.Popen(command_line(2, *typed, "--out", str(parts)), cwd=ROOT, stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (parts / "log.jsonl").is_file() or not (parts / "log.jsonl").read_text():
+        assert pair.poll() is None, pair.stderr.read()[-3000:]
+        time.sleep(.02)
+    pair.send_signal(signal.SIGTERM)
+    pair.communicate()
+    stopped = torch.load(parts / "checkpoint.pt", weights_only=True)["done"]
+    assert 1 <= stopped < 6
+    again, lines = go(parts, 2, "--resume", str(parts), "--samples", "0")
+    assert same(state, again)
+    assert [{**row, "seconds": 0} for row in lines] == [{**row, "seconds": 0} for row in log]

@@ -1,8 +1,9 @@
-"""The default commands, whole: `python -m pytest -m slow`, forty minutes on two cores.
+"""The default commands, whole, and what takes long to show: `python -m pytest -m slow`, an hour on two cores.
 
 What they gain is many times what seeds differ by; here one seed must show it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,20 @@ def test_adds_single_step_is_ten_times_nearer_than_the_teachers(tmp_path, datase
     seen = figures(tmp_path / "run", "--method", "add", "--data", dataset)
     assert seen["after, 1 step"]["fd"] < .1 * seen["before, 1 step"]["fd"]
     assert seen["after, 1 step"]["recall"] > .8 * seen["before, 25 steps"]["recall"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adt", "add"])
+def test_five_thousand_steps_take_no_more_memory_than_one_thousand(tmp_path, method, monkeypatch):
+    """Resident size, within 1 %."""
+    step, sizes = train.Run.step, []
+    def watched(run):
+        if run.done % 100 == 0:
+            sizes.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return step(run)
+    monkeypatch.setattr(train.Run, "step", watched)
+    short = ["--set", "path_steps=2", "--set", "train_steps=1"] if method == "adt" else []
+    train.main(["--method", method, "--set", "batch=2", "--steps", "5000", "--samples", "0",
+                "--out", str(tmp_path / "run"), *short])
+    print([f"{size / 256:.0f} MB" for size in sizes[::10]])
+    assert max(sizes[10:]) < 1.01 * sizes[10]
