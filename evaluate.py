@@ -5,7 +5,9 @@ precision (fidelity) and recall (diversity), and beside what real pictures score
 sample count: no model can be asked to beat the real-vs-real floor. *Excess* is the distance above that floor.
 
     python evaluate.py --data fashion                                      what is shipped: base, ADT, ADD
-    python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50                      Read next: notebooks/
+    python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50
+    python evaluate.py --study base add --prompts FILE          people choose: preference.py
+Read next: notebooks/
 """
 
 import argparse
@@ -20,6 +22,7 @@ import data
 import metrics
 import models
 import parallel
+import preference
 import sampler
 
 
@@ -140,9 +143,8 @@ def table(rows):
 
 # ----------------------------------------------------------------------------------------------- pictures
 
-def picture(rows, path, captions=None, note=""):
-    """[(label, images (B, 3, H, W))] -> a PNG, one row each, captions above the columns;
-    `note` goes in the file."""
+def panel(rows, captions=None):
+    """[(label, images (B, 3, H, W))] -> a figure, one row each, captions above the columns."""
     import textwrap
     from matplotlib.figure import Figure
     columns = len(rows[0][1])
@@ -157,8 +159,13 @@ def picture(rows, path, captions=None, note=""):
                 axis.set_title("\n".join(textwrap.wrap(captions[j], 17)), fontsize=5)
         line[0].set_ylabel("\n".join(textwrap.wrap(label, 18)), fontsize=5)
     figure.tight_layout(pad=.3)
+    return figure
+
+
+def picture(rows, path, captions=None, note=""):
+    """The same as a PNG; `note` goes in the file."""
     partial = Path(path).with_suffix(".part.png")
-    figure.savefig(partial, dpi=160, metadata={"Description": note})
+    panel(rows, captions).savefig(partial, dpi=160, metadata={"Description": note})
     partial.replace(path)
 
 
@@ -287,28 +294,43 @@ def parse(argv=None):
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--split", default="test", help="whose captions: test, held_out (glyphs), train")
     parser.add_argument("--prompt", help="draw this caption eight times instead of measuring")
+    parser.add_argument("--study", nargs=2, metavar="MODEL", help="write a page on which people choose between "
+                        "the pictures of two models (--steps: one number for each)")
+    parser.add_argument("--prompts", default="prompts.txt", metavar="FILE", help="its captions, one per line")
+    parser.add_argument("--study-results", nargs="+", metavar="FILE", help="count the votes such pages saved")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--out", default="samples.png", help="the picture to write")
     return parser, parser.parse_args(argv)
 
 
-def players_of(a):
-    """What the command line asks for, checked -> [(label, model, steps, sampler settings)], examiner or None,
-    captions of the picture."""
-    chosen = {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
+def find(a, names):
+    """Models by name, all of one data set -> what `locate` says of each. The shipped ones follow the others'
+    data set, or --data, or are of glyphs."""
+    located = {name: locate(name, a, a.data) for name in names if name not in SHIPPED}
+    dataset = next((one[2] for one in located.values()), a.data or "glyphs")
+    names = names or [name for name in SHIPPED
+                      if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
+    found = [located.get(name) or locate(name, a, dataset) for name in dict.fromkeys(names)]
+    if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
+        raise ValueError("these models belong to different data sets; measure them one data set at a time")
+    return found
+
+
+def check(a):
+    """What can be said of the command line before any model is loaded -> the chosen sampler settings."""
     if a.steps and not all(part.isdecimal() for part in a.steps.split(",")):
         raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
     if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
         raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
     if not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {a.out}: there is no such folder")
-    located = {name: locate(name, a, a.data) for name in a.models if name not in SHIPPED}
-    dataset = next((one[2] for one in located.values()), a.data or "glyphs")         # the shipped ones follow
-    names = a.models or [name for name in SHIPPED
-                         if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
-    found = [located.get(name) or locate(name, a, dataset) for name in dict.fromkeys(names)]
-    if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
-        raise ValueError("these models belong to different data sets; measure them one data set at a time")
+    return {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
+
+
+def players_of(a):
+    """What the command line asks for, checked -> [(label, model, steps, sampler settings)], examiner or None,
+    captions of the picture."""
+    chosen, found = check(a), find(a, a.models)
     players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
                for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
                                        else rows)]
@@ -329,9 +351,34 @@ def players_of(a):
     return players, examiner, captions
 
 
+def ask(a):
+    """--study: the page on which people choose between two models -> where it was written."""
+    chosen, captions = check(a), preference.prompts(a.prompts)
+    found = [find(a, [name])[0] for name in a.study]
+    steps = [int(n) for n in a.steps.split(",")] if a.steps else [rows[0][0] for *_, rows in found]
+    if len(steps) != 2:
+        raise ValueError(f"--steps {a.steps}: --study wants two numbers, one for each model")
+    names, pictures = [], []
+    for n, (group, model, *_, rows) in zip(steps, found):
+        sampler.timeline(model.T, n, a.shift, rows[0][1].get("last", 1.))
+        model.to(parallel.device()).condition(captions)
+        names.append(f"{group}, {n} step{'s' * (n > 1)}")
+        pictures.append(sample(model, captions, n, seed=a.seed, **{**rows[0][1], **chosen}))
+    out = Path(a.out).with_suffix(".html")
+    out.write_text(preference.page(names, captions, pictures), encoding="utf-8")
+    return out
+
+
 def main(argv=None):
     parser, a = parse(argv)
     try:
+        if a.study_results:
+            found = preference.votes(a.study_results)
+            print(preference.table(preference.results(found), len(found)))
+            return
+        if a.study:
+            print(f"wrote {ask(a)}: open it in a browser, save the votes, then evaluate.py --study-results")
+            return
         players, examiner, captions = players_of(a)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")

@@ -10,10 +10,11 @@ import equations
 import pytest
 from conftest import ROOT
 
-LAYERS = [{"denoiser", "networks", "parallel", "metrics"}, {"stable"},
+LAYERS = [{"denoiser", "networks", "parallel", "metrics", "preference"}, {"stable"},
           {"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
           {"evaluate", "train", "pretrain"}, {"study"}]
-CORE = [name for layer in LAYERS[:5] for name in sorted(layer) if (ROOT / f"{name}.py").exists()]
+BESIDE = {"study", "preference"}                             # what training and measuring can do without
+CORE = [name for layer in LAYERS for name in sorted(layer - BESIDE)]
 
 
 def imports(name):
