@@ -294,10 +294,11 @@ def parse(argv=None):
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--split", default="test", help="whose captions: test, held_out (glyphs), train")
     parser.add_argument("--prompt", help="draw this caption eight times instead of measuring")
-    parser.add_argument("--study", nargs=2, metavar="MODEL", help="write a page on which people choose between "
-                        "the pictures of two models (--steps: one number for each)")
+    parser.add_argument("--study", nargs=2, metavar="MODEL", help="write a page on which people choose "
+                        "between the pictures of two models (--steps: one number for each)")
     parser.add_argument("--prompts", default="prompts.txt", metavar="FILE", help="its captions, one per line")
     parser.add_argument("--study-results", nargs="+", metavar="FILE", help="count the votes such pages saved")
+    parser.add_argument("--figures", action="store_true", help="draw every picture of the README anew")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--out", default="samples.png", help="the picture to write")
     return parser, parser.parse_args(argv)
@@ -371,6 +372,9 @@ def ask(a):
 
 def main(argv=None):
     parser, a = parse(argv)
+    if a.figures:
+        import figures
+        return figures.main()
     try:
         if a.study_results:
             found = preference.votes(a.study_results)

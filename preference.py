@@ -1,12 +1,12 @@
-"""Which one do people prefer? The way ADD was judged: pairs of pictures, two questions, votes turned into Elo.
+"""Which one do people prefer? The way ADD was judged: pairs of pictures, two questions, votes into Elo.
 
     python evaluate.py --study base add --data fashion --prompts captions.txt    writes study.html
     python evaluate.py --study-results votes-*.json                              what the votes say
 
-The page is one file that asks nothing of a server: send it to whoever has eyes. It shows every pair twice, for
-quality and for the caption, in random order and on random sides, and saves its votes as JSON.
+The page is one file that asks nothing of a server: send it to whoever has eyes. It shows every pair twice,
+for quality and for the caption, in random order and on random sides, and saves its votes as JSON.
 
-    P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)),    the ratings R by maximum likelihood (Bradley, Terry 1952)
+    P(i beats j) = 1 / (1 + 10^((R_j - R_i) / 400)),   ratings R by maximum likelihood (Bradley, Terry 1952)
 """
 
 import base64
@@ -82,8 +82,8 @@ def votes(paths):
 
 def elo(wins):
     """wins (B, M, M): how often model i won against j, in B resamplings -> ratings (B, M), mean 1000. The
-    likelihood is climbed by Bradley-Terry's own iteration, which never overshoots. Half a win is given to both
-    sides of every pair that met: who never lost would else be infinitely strong."""
+    likelihood is climbed by Bradley-Terry's own iteration, which never overshoots. Half a win is given to
+    both sides of every pair that met: who never lost would else be infinitely strong."""
     met = (wins + wins.mT).mean(0) > 0
     wins = wins + .5 * met
     played, strength = wins + wins.mT, torch.ones(wins.shape[:2], dtype=torch.double)

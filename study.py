@@ -67,9 +67,8 @@ TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
 
 STUDIES = {
     "adt": Study([
-        Row("diffusion loss alone, as many minutes", method="diffusion", steps=2500),
+        Row("diffusion loss alone, as many minutes", method="diffusion", steps=2050),
         Row("ADT, siamese"),
-        Row("ADT, unpaired (projected)", ["variant=projected"]),
         Row("ADT, siamese, three times as long", steps=900)],
         base=[*TEN, *OTHER_PATHS, (50, {}), (50, {"guidance": 2.})], at=TEN, also=OTHER_PATHS, seeds=3),
     "adt-ablations": Study([
@@ -167,6 +166,7 @@ def main(argv=None):
     lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
              for label, figures in [*lines, ("real pictures", {**examiner.floor, "steps": "", "excess": 0.})]]
     text = evaluate.table(evaluate.gather(lines))
+    train.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
     train.write(folder / f"{a.study}-{source.name}.md", text + "\n")
     print(f"\n{text}\n\nwrote {folder}/{a.study}-{source.name}.md")
 

@@ -9,16 +9,16 @@ import pytest
 from conftest import ROOT
 
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", (ROOT / "FORK.md").read_text(), re.S))
-SHORT = ['"--steps", "2", "--set", "batch=2", "--set", "warmup_d=0", "--set", "path_steps=2", "--samples", "0"']
-LEAVES = {"guess": "runs/guess-glyphs-batch=2-warmup_d=0-path_steps=2-seed0/denoiser.safetensors",
-          "patches": "runs/patches-glyphs-lr_d=2e-4-batch=2-warmup_d=0-path_steps=2-seed0/denoiser.safetensors",
+SHORT = '"--steps", "2", "--set", "batch=2", "--set", "path_steps=2", "--samples", "0"'
+LEAVES = {"guess": "runs/guess-glyphs-batch=2-path_steps=2-seed0/denoiser.safetensors",
+          "patches": "runs/patches-glyphs-lr_d=2e-4-batch=2-path_steps=2-seed0/denoiser.safetensors",
           "ddpm": "ddpm.png", "discs": "discs/denoiser.safetensors"}
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_the_example_works(name, tmp_path):
     code = EXAMPLES[name]
-    code = re.sub(r'(\btrain\.main\(\[.*?)\]\)', rf"\1, {SHORT[0]}])", code)
+    code = re.sub(r'(\btrain\.main\(\[.*?)\]\)', rf"\1, {SHORT}])", code)
     code = code.replace('"--out", "discs"]', '"--out", "discs", "--steps", "2"]')
     (tmp_path / f"{name}.py").write_text(code)
     done = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True,

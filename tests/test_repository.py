@@ -12,8 +12,8 @@ from conftest import ROOT
 
 LAYERS = [{"denoiser", "networks", "parallel", "metrics", "preference"}, {"stable"},
           {"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
-          {"evaluate", "train", "pretrain"}, {"study"}]
-BESIDE = {"study", "preference"}                             # what training and measuring can do without
+          {"evaluate", "train", "pretrain"}, {"study"}, {"figures"}]
+BESIDE = {"pretrain", "study", "figures", "preference"}      # what training and measuring can do without
 CORE = [name for layer in LAYERS for name in sorted(layer - BESIDE)]
 
 
@@ -28,7 +28,7 @@ def imports(name):
 
 def test_imports_point_only_downwards():
     level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    allowed = {("train", "evaluate")}
+    allowed = {("train", "evaluate"), ("evaluate", "figures")}               # the second hands on an option
     for name in level:
         for other in set(imports(name)) & level.keys():
             assert level[other] < level[name] or (name, other) in allowed, f"{name}.py imports {other}.py"
@@ -36,7 +36,7 @@ def test_imports_point_only_downwards():
 
 def test_core_stays_small():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
-    assert sum(lines.values()) <= 3500, lines
+    assert sum(lines.values()) <= 3350, lines
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number} has {len(line)} columns"

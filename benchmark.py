@@ -1,0 +1,274 @@
+"""How fast, how lean? Ratios within one run, for machines differ: `python benchmark.py` prints the tables and
+writes figures/benchmark.md.
+
+A step's *floor* is the network calls that its method cannot avoid, timed alone in the same process: what the
+step takes beyond it is overhead, ours or PyTorch's. Everything alternates; medians count.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import data
+import evaluate
+import models
+import sampler
+import train
+
+HERE = Path(__file__).parent
+ROUNDS = 7
+
+
+def alternate(jobs, rounds=ROUNDS):
+    """{name: function} -> {name: median seconds}; one call of each per round, the first is not counted."""
+    seconds = {name: [] for name in jobs}
+    for _ in range(rounds + 1):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def run_of(method, *settings):
+    """A run as train.py prepares it."""
+    typed = ["--method", method, "--samples", "0", "--steps", "1000", "--set", "warmup_d=0"]
+    for setting in settings:
+        typed += ["--set", setting]
+    train.MEASURE = 10 ** 9                                  # no terms one by one
+    return train.prepare(train.parse(typed)[1])[2]
+
+
+# ------------------------------------------------------------------------------------ 1: step over floor
+
+class Calls:
+    """The calls of a step, counted: how often which part ran, with gradient or without."""
+
+    def __init__(self, run):
+        self.counts, self.kept = Counter(), []
+        eyes = run.critic.features
+        for name, owner, attribute in (("network", run.model, "output"), ("teacher", run.teacher, "output"),
+                                       ("eyes", eyes, "forward"), ("heads", run.critic, "score")):
+            self.watch(name, owner, attribute)
+
+    def watch(self, name, owner, attribute):
+        plain = getattr(owner, attribute)
+        def counted(*inputs):
+            result = plain(*inputs)
+            tensor = result[0] if isinstance(result, list) else result
+            self.counts[name, len(tensor), tensor.requires_grad] += 1
+            return result
+        self.kept.append((owner, attribute, plain))
+        setattr(owner, attribute, counted)
+
+    def stop(self):
+        for owner, attribute, _ in self.kept:
+            delattr(owner, attribute)                        # the class's own is behind it
+        return self.counts
+
+
+def alone(run, name, n, graph):
+    """The same call by itself, and its backward pass where it has one."""
+    model, batch = run.model, run.source.batch(n)
+    x, t = torch.randn(n, *model.shape), torch.randint(model.T, (n,))
+    with torch.no_grad():
+        cond = model.condition(batch.caption)
+        maps = run.critic.features(batch.image)
+    known = torch.randn(n, run.critic.project[0].in_features) if len(run.critic.project) else None
+    def job():
+        with models.half_precision(), torch.set_grad_enabled(graph):
+            if name in ("network", "teacher"):
+                y = (run.model if name == "network" else run.teacher).predict(x, t, cond)
+            elif name == "eyes":
+                seen = run.critic.features(batch.image.clone().requires_grad_(graph))
+                y = torch.cat([f.flatten() for f in seen])
+            else:
+                y = run.critic.score(maps, known)
+        if graph:
+            run.opt_g.zero_grad(), run.opt_d.zero_grad()
+            y.float().square().mean().backward()
+    return job
+
+
+def overhead():
+    """Each method's step over its floor."""
+    rows = []
+    for method in ("diffusion", "adt", "add"):
+        run = run_of(method)
+        run.step()
+        calls = Calls(run)
+        run.step()
+        counts = calls.stop()
+        jobs = {key: alone(run, *key) for key in counts}
+        jobs["step"] = run.step
+        run.critic.requires_grad_(True)
+        seconds = alternate(jobs)
+        floor = sum(seconds[key] * times for key, times in counts.items())
+        parts = ", ".join(f"{times} {name}{'' if graph else ' (no gradient)'} of {n}"
+                          for (name, n, graph), times in sorted(counts.items(), key=str))
+        step = seconds["step"]
+        rows.append((method, f"{step:.2f}", f"{floor:.2f}", f"{step / floor:.2f}", parts))
+    return ["method", "step, s", "floor, s", "ratio", "the calls"], rows
+
+
+# --------------------------------------------------------------------------------- 2, 3: memory, gradient
+
+class Kept:
+    """Bytes that the graph holds for its backward pass, now and at most."""
+
+    def __init__(self):
+        self.alive, self.most, self.known = 0, 0, {}
+
+    def pack(self, tensor):
+        kept, place = self, (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        class Held:
+            def __init__(self):
+                self.tensor = tensor
+                kept.known[place] = kept.known.get(place, 0) + 1
+                if kept.known[place] == 1:
+                    kept.alive += place[1]
+                    kept.most = max(kept.most, kept.alive)
+            def __del__(self):
+                kept.known[place] -= 1
+                if kept.known[place] == 0:
+                    kept.alive -= place[1]
+        return Held()
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def memory():
+    """What a path keeps for its backward pass, and how large its gradient is, against its length."""
+    model = models.build("tiny", "glyphs")
+    batch = data.build("glyphs").batch(8, torch.Generator().manual_seed(0))
+    cond, target = model.condition(batch.caption), model.encode(batch.image)
+    weights, rows = list(model.network.parameters()), []
+    for n in (5, 10, 25, 50):
+        cells = [str(n)]
+        for k, leak, again in ((1, 0., True), (2, 0., True), (5, 0., True), (n, 0., True), (n, 1., False)):
+            x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+            with Kept() as kept:
+                x0 = sampler.rollout(model, x, sampler.timeline(model.T, n), cond, leak=leak,
+                                     checkpoint=again, train=sampler.pick_steps(n, k))
+                slopes = torch.autograd.grad((x0 - target).square().mean(), weights)
+            size = torch.stack([slope.norm() for slope in slopes]).norm().item()
+            cells.append(f"{kept.most / 2 ** 20:.0f}" + (f" / {size:.2g}" if k == n else ""))
+        rows.append(tuple(cells))
+    return ["steps of the path", "K = 1, MiB", "K = 2", "K = 5", "K = all / gradient norm",
+            "through everything, no recomputation / gradient norm"], rows
+
+
+# ------------------------------------------------------------------------------ 4, 5, 6: around the step
+
+def supply():
+    """Batches per second: what a source gives, what the default runs take."""
+    rows = []
+    for dataset in ("glyphs", "fashion"):
+        source = data.build(dataset)
+        seconds = alternate({"batch": lambda: source.batch(32)})["batch"]
+        for method in ("adt", "add"):
+            run = run_of(method)
+            step = alternate({"step": run.step}, 3)["step"]
+            rows.append((dataset, method, f"{1 / seconds:.0f}", f"{1 / step:.2f}", f"{step / seconds:.0f}"))
+    return ["data", "method", "given, batches/s", "taken", "headroom"], rows
+
+
+def sampling():
+    """Pictures per second."""
+    model, rows = models.build("tiny", "glyphs"), []
+    captions = data.build("glyphs").batch(100, torch.Generator().manual_seed(0)).caption
+    jobs = {n: lambda n=n: evaluate.sample(model, captions, n) for n in (1, 2, 4, 10, 50)}
+    seconds = alternate(jobs, 3)
+    for n, taken in seconds.items():
+        rows.append((str(n), f"{100 / taken:.0f}", f"{seconds[50] / taken:.1f}"))
+    return ["sampler steps", "pictures/s", "times as fast as fifty"], rows
+
+
+def starting():
+    """Seconds until something happens."""
+    def process(*words):
+        return lambda: subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, check=True)
+    seconds = alternate({"`import torch`": process("-c", "import torch"),
+                         "`import models, losses, sampler`": process("-c", "import models, losses, sampler"),
+                         "`python train.py --help`": process("train.py", "--help")}, 5)
+    return ["start", "s"], [(name, f"{taken:.2f}") for name, taken in seconds.items()]
+
+
+# ------------------------------------------------------------------------------------------- 9: a peer
+
+def peer():
+    """A training step of Stable Diffusion 1.5's small sibling (real classes, random weights) beside a peer.
+    The peer is the loop that the text-to-image example of diffusers describes: the same network, batch, loss
+    and optimiser."""
+    import torch.nn.functional as F
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    import losses
+    from denoiser import Denoiser
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(32, 4, 4, block_out_channels=(64, 128), layers_per_block=1,
+                                cross_attention_dim=64, attention_head_dim=8, norm_num_groups=8,
+                                down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    scheduler = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+    product = scheduler.alphas_cumprod.double()
+    model = Denoiser("eps", product.sqrt(), (1 - product).sqrt(), torch.arange(1000))
+    model.network = unet
+    model.output = lambda x, time, cond: unet(x, time, cond["text"]).sample
+    x0, text = torch.randn(8, 4, 32, 32), torch.randn(8, 16, 64)
+    optimiser = torch.optim.AdamW(unet.parameters(), 1e-5)
+    def finish(loss):
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.)
+        optimiser.step()
+        optimiser.zero_grad()
+    def theirs():
+        noise, t = torch.randn_like(x0), torch.randint(1000, (8,))
+        noisy = scheduler.add_noise(x0, noise, t)
+        finish(F.mse_loss(unet(noisy, t, text, return_dict=False)[0].float(), noise.float()))
+    def ours():
+        t, noise = torch.randint(1000, (8,)), torch.randn_like(x0)
+        finish(losses.diffusion_loss(model, x0, t, noise, {"text": text}))
+    seconds = alternate({"theirs": theirs, "ours": ours}, 15)
+    return ["a diffusion step", "s", "ratio"], [
+        ("as diffusers' example takes it", f"{seconds['theirs']:.3f}", ""),
+        ("losses.diffusion_loss", f"{seconds['ours']:.3f}", f"{seconds['ours'] / seconds['theirs']:.2f}")]
+
+
+TABLES = {"step": overhead, "memory": memory, "data": supply, "sampling": sampling, "start": starting,
+          "peer": peer}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)} (default: all)")
+    parser.add_argument("--out", default=str(HERE / "figures" / "benchmark.md"))
+    a = parser.parse_args(argv)
+    if unknown := set(a.tables) - set(TABLES):
+        parser.exit(2, f"benchmark.py: no table '{unknown.pop()}': wanted {', '.join(TABLES)}\n")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    text = [f"`python benchmark.py` · {platform.processor() or platform.machine()}, "
+            f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {commit.stdout.strip() or 'unknown'}"]
+    for name in a.tables or TABLES:
+        columns, rows = TABLES[name]()
+        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
+                 *("| " + " | ".join(row) + " |" for row in rows)]
+        text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n" + "\n".join(lines))
+        print(text[-1], "\n", flush=True)
+    train.write(Path(a.out), "\n\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main()
