@@ -227,7 +227,7 @@ def peer():
     model = Denoiser("eps", product.sqrt(), (1 - product).sqrt(), torch.arange(1000))
     model.network = unet
     model.output = lambda x, time, cond: unet(x, time, cond["text"]).sample
-    x0, text = torch.randn(8, 4, 32, 32), torch.randn(8, 16, 64)
+    x0, text = torch.randn(4, 4, 16, 16), torch.randn(4, 16, 64)
     optimiser = torch.optim.AdamW(unet.parameters(), 1e-5)
     def finish(loss):
         loss.backward()
@@ -235,11 +235,11 @@ def peer():
         optimiser.step()
         optimiser.zero_grad()
     def theirs():
-        noise, t = torch.randn_like(x0), torch.randint(1000, (8,))
+        noise, t = torch.randn_like(x0), torch.randint(1000, (4,))
         noisy = scheduler.add_noise(x0, noise, t)
         finish(F.mse_loss(unet(noisy, t, text, return_dict=False)[0].float(), noise.float()))
     def ours():
-        t, noise = torch.randint(1000, (8,)), torch.randn_like(x0)
+        t, noise = torch.randint(1000, (4,)), torch.randn_like(x0)
         finish(losses.diffusion_loss(model, x0, t, noise, {"text": text}))
     seconds = alternate({"theirs": theirs, "ours": ours}, 15)
     return ["a diffusion step", "s", "ratio"], [
@@ -258,9 +258,9 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if unknown := set(a.tables) - set(TABLES):
         parser.exit(2, f"benchmark.py: no table '{unknown.pop()}': wanted {', '.join(TABLES)}\n")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     text = [f"`python benchmark.py` · {platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {commit.stdout.strip() or 'unknown'}"]
+            f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {git.stdout.strip()}"]
     for name in a.tables or TABLES:
         columns, rows = TABLES[name]()
         lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
