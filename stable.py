@@ -138,7 +138,10 @@ class Latent(Denoiser):
 
     def place(self, caption):
         """Where on disk it is kept what the text encoders made of a caption."""
-        return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+        try:
+            return self.cache / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+        except UnicodeEncodeError:
+            raise ValueError(f"a caption holds half a character: {ascii(caption[:60])}") from None
 
     def recall(self, caption):
         """What they made of it, from memory or from disk."""

@@ -17,6 +17,7 @@ import shutil
 import signal
 import time
 import typing
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -487,10 +488,14 @@ def prepare(arguments):
               plan["steps"], plan["seed"], arguments.on_nan == "skip")
     if arguments.resume:
         try:
-            run.restore(torch.load(out / "checkpoint.pt", weights_only=True))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")              # torch has opinions on strangers' pickles
+                state = torch.load(out / "checkpoint.pt", weights_only=True)
+            run.restore(state)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
                 pickle.UnpicklingError) as error:
-            why = str(error).split("\n")[0][:80]
+            alien = isinstance(error, pickle.UnpicklingError)
+            why = "it holds more than tensors" if alien else str(error).split("\n")[0][:80]
             raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None
         if run.done > run.steps:
             raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")

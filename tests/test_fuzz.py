@@ -386,9 +386,10 @@ def show():
     import tempfile
     from pathlib import Path
     said = collections.defaultdict(list)
-    for i, (kind, what, act, arguments) in enumerate(CASES):
-        with tempfile.TemporaryDirectory() as folder:
-            said[kind].append((what, outcome(act, arguments, Path(folder, "case")).replace(folder, "…")))
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (kind, what, act, arguments) in enumerate(CASES):
+            place = Path(folder, str(i))
+            said[kind].append((what, outcome(act, arguments, place).replace(str(place), "…")))
     print("| where | cases | one sentence | works | for example |\n|---|---|---|---|---|")
     for kind, many in said.items():
         refused = [(what, answer) for what, answer in many if answer != "works"]

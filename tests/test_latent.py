@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from test_data import folder
+from test_fuzz import WEIRD
 
 import add
 import adt
@@ -176,6 +177,18 @@ def test_captions_are_read_once_kept_on_disk_and_the_encoders_may_go(world, name
         again.condition(["a green hat"])
     assert all(part not in type(module).__name__.lower() for module in again.modules()
                for part in ("clip", "t5"))                   # no text encoder is part of the model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_caption_is_read(world, name):
+    """Ten thousand characters, emoji, control characters, right to left: the tokenizers cut and cope."""
+    model, words = build(world, name), [text for text in WEIRD.values() if text.isprintable() or "\x00" in text]
+    read = model.condition([*words, "a red fox"])
+    plain = model.condition(["a red fox"])
+    assert len(words) >= 8 and all(v.isfinite().all() for v in read.values())
+    assert all(v.shape[1:] == plain[k].shape[1:] for k, v in read.items())
+    with pytest.raises(ValueError, match="half a character"):
+        model.condition([WEIRD["half a character"]])
 
 
 def test_sd15s_pooled_caption_is_clips_own(world):
