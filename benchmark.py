@@ -11,10 +11,12 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
@@ -120,38 +122,34 @@ def overhead():
 
 # --------------------------------------------------------------------------------- 2, 3: memory, gradient
 
-class Kept:
-    """Bytes that the graph holds for its backward pass, now and at most."""
+class Kept(TorchDispatchMode):
+    """Bytes of all tensors that were made and are still alive, now and at most; the backward pass, and what
+    it computes again, included."""
 
     def __init__(self):
+        super().__init__()
         self.alive, self.most, self.known = 0, 0, {}
 
-    def pack(self, tensor):
-        kept, place = self, (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-        class Held:
-            def __init__(self):
-                self.tensor = tensor
-                kept.known[place] = kept.known.get(place, 0) + 1
-                if kept.known[place] == 1:
-                    kept.alive += place[1]
-                    kept.most = max(kept.most, kept.alive)
-            def __del__(self):
-                kept.known[place] -= 1
-                if kept.known[place] == 0:
-                    kept.alive -= place[1]
-        return Held()
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        made = function(*arguments, **(settings or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.known:            # PyTorch keeps one object per storage
+                    self.known[id(storage)] = weakref.ref(storage, self.forget(id(storage), storage.nbytes()))
+                    self.alive += storage.nbytes()
+                    self.most = max(self.most, self.alive)
+        return made
 
-    def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
+    def forget(self, key, size):
+        def gone(_):
+            self.alive -= size
+            del self.known[key]
+        return gone
 
 
 def memory():
-    """What a path keeps for its backward pass, and how large its gradient is, against its length."""
+    """The most that is alive in a path and its backward pass, and the gradient's norm, against its length."""
     model = models.build("tiny", "glyphs")
     batch = data.build("glyphs").batch(8, torch.Generator().manual_seed(0))
     cond, target = model.condition(batch.caption), model.encode(batch.image)
