@@ -77,7 +77,7 @@ SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-bat
                        ("{}, 300)", "{}, 2)")],
           "add.py": [("(1, 4, 25)", "(1, 2, 3)")],
           "evaluate.py": [("default=2000", "default=200"), ("(10, {}), (25, {})", "(2, {})")],
-          "study.py": [("steps=2500", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
+          "study.py": [("steps=2050", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("for row in plan.rows:", "for row in plan.rows[::4]:"),
                        ("steps=1500", "steps=2"), ("steps=900", "steps=2"), ("(20, {}), ", ""),
                        ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("8, 25, 50)", "8)"),
