@@ -354,7 +354,7 @@ class Folder:
             except (OSError, RuntimeError, ValueError):      # a loop of links, a name that none can have
                 inside, where = False, ascii(str(path))
             if not inside:
-                raise ValueError(f"the picture {where[:200]} is not inside {folder}, or can be nowhere: "
+                raise ValueError(f"the picture {where[:200]} lies outside {folder}, or can be nowhere: "
                                  "a folder may name its own files only")
 
     def read(self, row):

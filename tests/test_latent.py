@@ -182,7 +182,8 @@ def test_captions_are_read_once_kept_on_disk_and_the_encoders_may_go(world, name
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_caption_is_read(world, name):
     """Ten thousand characters, emoji, control characters, right to left: the tokenizers cut and cope."""
-    model, words = build(world, name), [text for text in WEIRD.values() if text.isprintable() or "\x00" in text]
+    model = build(world, name)
+    words = [text for text in WEIRD.values() if text.isprintable() or "\x00" in text]
     read = model.condition([*words, "a red fox"])
     plain = model.condition(["a red fox"])
     assert len(words) >= 8 and all(v.isfinite().all() for v in read.values())
