@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import evaluate
+import figures
 import models
 import sampler
 import train
@@ -39,11 +40,9 @@ def alternate(jobs, rounds=ROUNDS):
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def run_of(method, *settings):
+def run_of(method):
     """A run as train.py prepares it."""
     typed = ["--method", method, "--samples", "0", "--steps", "1000", "--set", "warmup_d=0"]
-    for setting in settings:
-        typed += ["--set", setting]
     train.MEASURE = 10 ** 9                                  # no terms one by one
     return train.prepare(train.parse(typed)[1])[2]
 
@@ -67,11 +66,11 @@ class Calls:
             tensor = result[0] if isinstance(result, list) else result
             self.counts[name, len(tensor), tensor.requires_grad] += 1
             return result
-        self.kept.append((owner, attribute, plain))
+        self.kept.append((owner, attribute))
         setattr(owner, attribute, counted)
 
     def stop(self):
-        for owner, attribute, _ in self.kept:
+        for owner, attribute in self.kept:
             delattr(owner, attribute)                        # the class's own is behind it
         return self.counts
 
@@ -153,16 +152,14 @@ def memory():
     model = models.build("tiny", "glyphs")
     batch = data.build("glyphs").batch(8, torch.Generator().manual_seed(0))
     cond, target = model.condition(batch.caption), model.encode(batch.image)
-    weights, rows = list(model.network.parameters()), []
+    rows = []
     for n in (5, 10, 25, 50):
         cells = [str(n)]
         for k, leak, again in ((1, 0., True), (2, 0., True), (5, 0., True), (n, 0., True), (n, 1., False)):
             x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
             with Kept() as kept:
-                x0 = sampler.rollout(model, x, sampler.timeline(model.T, n), cond, leak=leak,
-                                     checkpoint=again, train=sampler.pick_steps(n, k))
-                slopes = torch.autograd.grad((x0 - target).square().mean(), weights)
-            size = torch.stack([slope.norm() for slope in slopes]).norm().item()
+                size = figures.path_gradient(model, x, n, cond, target, leak=leak, checkpoint=again,
+                                             train=sampler.pick_steps(n, k))
             cells.append(f"{kept.most / 2 ** 20:.0f}" + (f" / {size:.2g}" if k == n else ""))
         rows.append(tuple(cells))
     return ["steps of the path", "K = 1, MiB", "K = 2", "K = 5", "K = all / gradient norm",
@@ -173,13 +170,13 @@ def memory():
 
 def supply():
     """Batches per second: what a source gives, what the default runs take."""
-    rows = []
+    rows, steps = [], {}
+    for method in ("adt", "add"):
+        steps |= alternate({method: run_of(method).step}, 3)
     for dataset in ("glyphs", "fashion"):
         source = data.build(dataset)
         seconds = alternate({"batch": lambda: source.batch(32)})["batch"]
-        for method in ("adt", "add"):
-            run = run_of(method)
-            step = alternate({"step": run.step}, 3)["step"]
+        for method, step in steps.items():
             rows.append((dataset, method, f"{1 / seconds:.0f}", f"{1 / step:.2f}", f"{step / seconds:.0f}"))
     return ["data", "method", "given, batches/s", "taken", "headroom"], rows
 
@@ -214,6 +211,7 @@ def peer():
     import torch.nn.functional as F
     from diffusers import DDPMScheduler, UNet2DConditionModel
     import losses
+    import stable
     from denoiser import Denoiser
     torch.manual_seed(0)
     unet = UNet2DConditionModel(32, 4, 4, block_out_channels=(64, 128), layers_per_block=1,
@@ -221,8 +219,7 @@ def peer():
                                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
                                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
     scheduler = DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
-    product = scheduler.alphas_cumprod.double()
-    model = Denoiser("eps", product.sqrt(), (1 - product).sqrt(), torch.arange(1000))
+    model = Denoiser(*stable.schedule(scheduler))
     model.network = unet
     model.output = lambda x, time, cond: unet(x, time, cond["text"]).sample
     x0, text = torch.randn(4, 4, 16, 16), torch.randn(4, 16, 64)
@@ -256,14 +253,11 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if unknown := set(a.tables) - set(TABLES):
         parser.exit(2, f"benchmark.py: no table '{unknown.pop()}': wanted {', '.join(TABLES)}\n")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     text = [f"`python benchmark.py` · {platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {git.stdout.strip()}"]
+            f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {figures.commit()}"]
     for name in a.tables or TABLES:
         columns, rows = TABLES[name]()
-        lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
-                 *("| " + " | ".join(row) + " |" for row in rows)]
-        text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n" + "\n".join(lines))
+        text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n{evaluate.markdown(columns, rows)}")
         print(text[-1], "\n", flush=True)
     train.write(Path(a.out), "\n\n".join(text) + "\n")
 

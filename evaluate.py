@@ -120,7 +120,7 @@ def examine(players, captions, examiner=None, seed=0, out=None):
     pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
     rows, shown = [], []
     for name, model, steps, settings in players:
-        label = f"{name}, {steps} step{'s' * (steps > 1)}"
+        label = f"{name}, {in_steps(steps)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))
         if examiner:
             folder = Path(out, label.replace("/", "-")) if out else None
@@ -133,12 +133,20 @@ def examine(players, captions, examiner=None, seed=0, out=None):
 def table(rows):
     """[(name, figures)] -> Markdown, one line each. Columns are the figures of the first row."""
     columns = [k for k in rows[0][1] if k != "guidance"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, figures in rows:
-        cells = [figures.get(c, "") for c in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c)
-                                                 for c in cells) + " |")
-    return "\n".join(lines)
+    return markdown(["", *columns], [(name, *(figures.get(column, "") for column in columns))
+                                     for name, figures in rows])
+
+
+def markdown(columns, rows):
+    """Names of columns, rows of cells -> a Markdown table."""
+    lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in row)
+                              + " |" for row in rows])
+
+
+def in_steps(n):
+    """'1 step', '2 steps'."""
+    return f"{n} step{'s' * (n > 1)}"
 
 
 # ----------------------------------------------------------------------------------------------- pictures
@@ -298,7 +306,7 @@ def parse(argv=None):
                         "between the pictures of two models (--steps: one number for each)")
     parser.add_argument("--prompts", default="prompts.txt", metavar="FILE", help="its captions, one per line")
     parser.add_argument("--study-results", nargs="+", metavar="FILE", help="count the votes such pages saved")
-    parser.add_argument("--figures", action="store_true", help="draw every picture of the README anew")
+    parser.add_argument("--figures", action="store_true", help="draw every picture that figures/ lacks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--out", default="samples.png", help="the picture to write")
     return parser, parser.parse_args(argv)
@@ -355,7 +363,8 @@ def players_of(a):
 def ask(a):
     """--study: the page on which people choose between two models -> where it was written."""
     chosen, captions = check(a), preference.prompts(a.prompts)
-    found = [find(a, [name])[0] for name in a.study]
+    known = dict(zip(dict.fromkeys(a.study), find(a, a.study)))        # they may be one, in other steps
+    found = [known[name] for name in a.study]
     steps = [int(n) for n in a.steps.split(",")] if a.steps else [rows[0][0] for *_, rows in found]
     if len(steps) != 2:
         raise ValueError(f"--steps {a.steps}: --study wants two numbers, one for each model")
@@ -363,7 +372,7 @@ def ask(a):
     for n, (group, model, *_, rows) in zip(steps, found):
         sampler.timeline(model.T, n, a.shift, rows[0][1].get("last", 1.))
         model.to(parallel.device()).condition(captions)
-        names.append(f"{group}, {n} step{'s' * (n > 1)}")
+        names.append(f"{group}, {in_steps(n)}")
         pictures.append(sample(model, captions, n, seed=a.seed, **{**rows[0][1], **chosen}))
     out = Path(a.out).with_suffix(".html")
     out.write_text(preference.page(names, captions, pictures), encoding="utf-8")
@@ -378,7 +387,8 @@ def main(argv=None):
     try:
         if a.study_results:
             found = preference.votes(a.study_results)
-            print(preference.table(preference.results(found), len(found)))
+            print(markdown(*preference.table(preference.results(found))))
+            print(f"\n{len(found)} votes; a tie is half a win for both.")
             return
         if a.study:
             print(f"wrote {ask(a)}: open it in a browser, save the votes, then evaluate.py --study-results")

@@ -3,11 +3,12 @@
     python evaluate.py --figures         (half an hour the first time; what is in figures/ already is kept)
 
 Remove a picture to have it drawn anew. Each carries the command that makes it and the commit it was made at.
-Figures that were measured lie in figures/measured.json, the studies' in figures/studies.json.
+What was measured lies in figures/measured-*.json, the studies' figures in figures/studies.json.
 """
 
 import json
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,16 +30,24 @@ NAMES = {"base": "base", "adt": "ADT", "add": "ADD student"}
 WAYS = {"base": (1, 2, 4, 10, 25, 50), "adt": (2, 4, 10, 25, 50), "add": (1, 2, 4)}
 
 
+@cache
 def shipped(name, dataset):
     """A shipped model and its sampler settings."""
     model = models.build("tiny", dataset, models.find(evaluate.SHIPPED[name], dataset))
     return model, evaluate.ways(model.facts.get("rows"), name)[0][1] if name == "add" else {}
 
 
-def stamp():
-    """The command, and the commit it was run at, where git knows."""
+def commit():
+    """Which one this is, where git knows."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return f"{COMMAND} (commit {done.stdout.strip() or 'unknown'})"
+    return done.stdout.strip() or "unknown"
+
+
+def path_gradient(model, x, steps, cond, target, **how):
+    """The norm of a squared error's gradient, through a path of so many steps from x; how: as for rollout."""
+    x0 = sampler.rollout(model, x, sampler.timeline(model.T, steps), cond, **how)
+    slopes = torch.autograd.grad((x0 - target).square().mean(), list(model.network.parameters()))
+    return torch.stack([slope.norm() for slope in slopes]).norm().item()
 
 
 def axes(columns, width=4., height=3.):
@@ -72,7 +81,7 @@ def students():
         captions.append(batch.caption)
         for who, n in (("base", 1), ("base", 4), ("base", 50), ("add", 1), ("add", 4)):
             model, settings = shipped(who, dataset)
-            rows.append((f"{'teacher' if who == 'base' else 'student'}, {n} step{'s' * (n > 1)}",
+            rows.append((f"{'teacher' if who == 'base' else 'student'}, {evaluate.in_steps(n)}",
                          evaluate.sample(model, batch.caption, n, seed=1, **settings)))
     beside = [(label, torch.cat([left, right])) for (label, left), (_, right) in zip(rows[:5], rows[5:])]
     return evaluate.panel(beside, sum(captions, []))
@@ -102,9 +111,7 @@ def gradient():
         norms = []
         for n in lengths:
             x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
-            x0 = sampler.rollout(model, x, sampler.timeline(model.T, n), cond, train=set(range(n)), leak=leak)
-            slopes = torch.autograd.grad((x0 - target).square().mean(), list(model.network.parameters()))
-            norms.append(torch.stack([g.norm() for g in slopes]).norm().item())
+            norms.append(path_gradient(model, x, n, cond, target, train=set(range(n)), leak=leak))
         axis.plot(lengths, norms, style, ms=4, label=label, color=COLOURS["add" if leak else "adt"])
     axis.set(xlabel="steps of the path", ylabel="gradient norm", xscale="log", yscale="log")
     axis.legend(fontsize=8)
@@ -132,11 +139,11 @@ def steps():
 
 def minutes():
     """FD against minutes of training, all runs of the studies."""
-    figure, both = axes(2)
+    (figure, both), found = axes(2), studies()
     for axis, dataset in zip(both, ("fashion", "glyphs")):
         for name, (marker, colour, wanted) in {"adt": ("o", "tab:blue", ", 10 steps"),
                                                "add": ("s", "tab:red", ", 1 step")}.items():
-            rows = studies().get(f"{name}-{dataset}", [])
+            rows = found.get(f"{name}-{dataset}", [])
             labels = [label for label, f in rows if "minutes" in f and label.endswith(wanted)]
             for label in dict.fromkeys(labels):
                 points = [(f["minutes"], f["fd"]) for other, f in rows if other == label]
@@ -167,12 +174,12 @@ def attention():
         (losses.hinge_real(real) + losses.hinge_fake(made)).backward()
         optimiser.step()
     coarse, rows = min(h for _, h, _ in eyes.shapes), []
-    grids = [(side, side * side) for side in ((h // 2 if h > coarse else h) for _, h, _ in eyes.shapes)]
+    sides = [h // 2 if h > coarse else h for _, h, _ in eyes.shapes]
     for label, images in (("real", batch.image[:12]), ("base, 4 steps", fakes[:12])):
         with torch.no_grad():
-            tokens = critic(None, images, cond[:12]).split([heads[-1] for heads in grids], 1)
-        verdict = sum(F.interpolate(one.view(12, 1, side, side), 32) for one, (side, _) in zip(tokens, grids))
-        verdict = (verdict / len(grids)).clamp(-1, 1)
+            tokens = critic(None, images, cond[:12]).split([side ** 2 for side in sides], 1)
+        verdict = sum(F.interpolate(one.view(12, 1, side, side), 32) for one, side in zip(tokens, sides))
+        verdict = (verdict / len(sides)).clamp(-1, 1)
         heat = torch.cat([1 - 2 * verdict.clamp(min=0), 1 - 2 * verdict.abs(),
                           1 + 2 * verdict.clamp(max=0)], 1)
         rows += [(label, images), (f"{label}: verdict", heat)]
@@ -203,5 +210,5 @@ def main():
     for draw in DRAWN:
         target = HOME / f"{draw.__name__}.png"
         if not target.exists():
-            draw().savefig(target, dpi=160, metadata={"Description": stamp()})
+            draw().savefig(target, dpi=160, metadata={"Description": f"{COMMAND} (commit {commit()})"})
         print(f"{target.relative_to(HERE)}: {draw.__doc__.splitlines()[0]}")

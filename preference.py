@@ -120,10 +120,9 @@ def results(found, resamplings=1000, seed=0):
     return rows
 
 
-def table(rows, count):
-    """-> Markdown."""
-    lines = ["| question | model | wins | 95 % | Elo | 95 % |", "|---|---|---|---|---|---|"]
-    for question, name, rate, (low, high), rating, (worst, best) in rows:
-        lines.append(f"| {question} | {name} | {rate:.1%} | {low:.1%} – {high:.1%} "
-                     f"| {rating:.0f} | {worst:.0f} – {best:.0f} |")
-    return "\n".join(lines) + f"\n\n{count} votes; a tie is half a win for both."
+def table(rows):
+    """-> columns and rows of the table that people read."""
+    return (["question", "model", "wins", "95 %", "Elo", "95 %"],
+            [(question, name, f"{rate:.1%}", f"{low:.1%} – {high:.1%}",
+              f"{rating:.0f}", f"{worst:.0f} – {best:.0f}")
+             for question, name, rate, (low, high), rating, (worst, best) in rows])

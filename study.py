@@ -114,7 +114,7 @@ def trained(row, dataset, seed, steps, folder):
 
 def name(steps, settings):
     """'10 steps, shift 3': a way to sample, in words; a student has but one."""
-    words = [f"{steps} step{'s' * (steps > 1)}"]
+    words = [evaluate.in_steps(steps)]
     return ", ".join(words + [f"{k} {v:g}" for k, v in settings.items() if "last" not in settings])
 
 

@@ -211,6 +211,13 @@ class Evil:
         return open, (str(ROOT / "canary"), "w")
 
 
+def resumed(folder, name, content):
+    """Go on with a finished run of which one file is now another."""
+    folder = made("adt", folder)
+    (folder / name).write_bytes(content)
+    train.main(["--resume", str(folder), "--samples", "0"])
+
+
 def checkpoints():
     """Files that are not the checkpoint of this run, or not quite."""
     def bundle(content):
@@ -230,19 +237,15 @@ def checkpoints():
         "numbers for weights": bundle({**state, "weights": [1, 2]}), "another network's": bundle(state),
         "an older version's": bundle({"network": {}, "step": 3}), "an evil pickle": pickle.dumps(Evil()),
         "an evil pickle, zipped": zipped(), "an evil pickle, by torch": bundle({**state, "done": Evil()})}
-    def resume(folder, content):
-        folder = made("adt", folder)
-        (folder / "checkpoint.pt").write_bytes(content)
-        train.main(["--resume", str(folder), "--samples", "0"])
     for what, content in held.items():
-        yield "checkpoint.pt", what, resume, [content]
+        yield "checkpoint.pt", what, resumed, ["checkpoint.pt", content]
     def cut(folder, share):
         whole = (made("adt", folder) / "checkpoint.pt").read_bytes()
-        resume(folder, whole[:int(share * len(whole))])
+        resumed(folder, "checkpoint.pt", whole[:int(share * len(whole))])
     for share in (.01, .3, .6, .9, .999):
         yield "checkpoint.pt", f"cut off at {share:.1%}", cut, [share]
-    yield "checkpoint.pt", "of another method", lambda folder: resume(
-        folder, (made("add", folder) / "checkpoint.pt").read_bytes()), []
+    yield "checkpoint.pt", "of another method", lambda folder: resumed(
+        folder, "checkpoint.pt", (made("add", folder) / "checkpoint.pt").read_bytes()), []
 
 
 def plans():
@@ -258,12 +261,8 @@ def plans():
                  ("set", "batch=2"), ("set", 3), ("set", [3]), ("set", ["batch"]),
                  ("weights", "nowhere"), ("weights", 3), ("size", "big"),
                  ("size", 64), ("lora", "x"), ("features", 5), ("shard", "yes"), ("set", None)]}}
-    def planned(folder, content):
-        folder = made("adt", folder)
-        (folder / "config.json").write_bytes(content)
-        train.main(["--resume", str(folder), "--samples", "0"])
     for what, content in held.items():
-        yield "config.json", what, planned, [content]
+        yield "config.json", what, resumed, ["config.json", content]
 
 
 def networks():

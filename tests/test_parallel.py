@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_latent import command, world  # noqa: F401
-from test_survival import same
+from test_survival import same, what_is_left
 
 
 def command_line(processes, *arguments):
@@ -61,7 +61,7 @@ def test_two_processes_go_on_bit_by_bit(tmp_path):
     nothing had happened."""
     typed = ["--method", "add", "--samples", "0", "--steps", "6", "--set", "batch=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    state, log = go(whole, 2, *typed)
+    go(whole, 2, *typed)
     pair = subprocess.Popen(command_line(2, *typed, "--out", str(parts)), cwd=ROOT, stderr=subprocess.PIPE,
                             stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (parts / "log.jsonl").is_file() or not (parts / "log.jsonl").read_text():
@@ -71,6 +71,5 @@ def test_two_processes_go_on_bit_by_bit(tmp_path):
     pair.communicate()
     stopped = torch.load(parts / "checkpoint.pt", weights_only=True)["done"]
     assert 1 <= stopped < 6
-    again, lines = go(parts, 2, "--resume", str(parts), "--samples", "0")
-    assert same(state, again)
-    assert [{**row, "seconds": 0} for row in lines] == [{**row, "seconds": 0} for row in log]
+    go(parts, 2, "--resume", str(parts), "--samples", "0")
+    assert same(what_is_left(whole), what_is_left(parts))

@@ -129,7 +129,7 @@ def test_a_discriminator_that_collapsed_is_a_warning(real, fake, word):
     assert train.advice([{"step": 0, "diff": 1.}] * train.HABIT) is None
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, during, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
     """The disk fills up in the middle of a checkpoint (here: no file may be larger than 4 MB)."""
     import resource
     out = go(tmp_path / "run", "--steps", "2")
