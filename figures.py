@@ -3,7 +3,7 @@
     python evaluate.py --figures         (half an hour the first time; what is in figures/ already is kept)
 
 Remove a picture to have it drawn anew. Each carries the command that makes it and the commit it was made at.
-What was measured lies in figures/measured-*.json, the studies' figures in figures/studies.json.
+What was measured lies in results/.
 """
 
 import json
@@ -23,7 +23,7 @@ import sampler
 import study
 
 HERE = Path(__file__).parent
-HOME = HERE / "figures"
+HOME, RESULTS = HERE / "figures", HERE / "results"
 COMMAND = "python evaluate.py --figures"
 COLOURS = {"base": "tab:gray", "adt": "tab:blue", "add": "tab:red"}
 NAMES = {"base": "base", "adt": "ADT", "add": "ADD student"}
@@ -126,8 +126,8 @@ def steps():
         examiner = evaluate.Examiner(data.build(dataset), 2000)
         for who, ways in WAYS.items():
             model, settings = shipped(who, dataset)
-            found = dict(study.measured(model, [(n, settings) for n in ways], examiner,
-                                        HOME / f"measured-{who}-{dataset}.json"))
+            found = dict(study.measured(RESULTS / f"shipped-{who}-{dataset}.json", examiner,
+                                        [(n, settings) for n in ways], lambda: (model, {})))
             axis.plot([f["steps"] for f in found.values()], [f["fd"] for f in found.values()], "o-", ms=4,
                       color=COLOURS[who], label=NAMES[who])
         axis.axhline(examiner.floor["fd"], color="k", lw=4, alpha=.2)
@@ -144,7 +144,7 @@ def minutes():
         for name, (marker, colour, wanted) in {"adt": ("o", "tab:blue", ", 10 steps"),
                                                "add": ("s", "tab:red", ", 1 step")}.items():
             rows = found.get(f"{name}-{dataset}", [])
-            labels = [label for label, f in rows if "minutes" in f and label.endswith(wanted)]
+            labels = [label for label, f in rows if f.get("minutes") and label.endswith(wanted)]
             for label in dict.fromkeys(labels):
                 points = [(f["minutes"], f["fd"]) for other, f in rows if other == label]
                 axis.plot(*zip(*points), marker, ms=4, alpha=.7, label=label,
@@ -189,24 +189,19 @@ def attention():
 # --------------------------------------------------------------------------------------------- tables
 
 def studies():
-    """{study-DATA: [(label, figures)]} of all that was run: figures/studies.json, and runs/ where newer."""
-    kept = HOME / "studies.json"
-    found = json.loads(kept.read_text()) if kept.is_file() else {}
-    for path in sorted((HERE / "runs").glob("study-*.json")):
-        found[path.stem.removeprefix("study-")] = json.loads(path.read_text())
-    return found
+    """{study-DATA: [(label, figures)]} of all studies in results/."""
+    return {path.stem.removeprefix("study-"): json.loads(path.read_text())
+            for path in sorted(RESULTS.glob("study-*.json"))}
 
 
 DRAWN = (glyphs, strip, students, path, gradient, steps, minutes, attention)
 
 
 def main():
-    HOME.mkdir(exist_ok=True)
-    found = studies()
-    (HOME / "studies.json").write_text(json.dumps(found, indent=0))
+    HOME.mkdir(exist_ok=True), RESULTS.mkdir(exist_ok=True)
     (HOME / "tables.md").write_text("".join(
         f"## `python study.py {name.rpartition('-')[0]} --data {name.rpartition('-')[2]}`\n\n"
-        f"{evaluate.table(evaluate.gather(rows))}\n\n" for name, rows in found.items()))
+        f"{evaluate.table(evaluate.gather(rows))}\n\n" for name, rows in studies().items()))
     for draw in DRAWN:
         target = HOME / f"{draw.__name__}.png"
         if not target.exists():

@@ -5,11 +5,13 @@
     python study.py add --data fashion           the ADD student beside its teacher, three seeds
     python study.py add-table1                   Table 1 of the ADD paper, in small
 
-Each run lives in a folder of its own under runs/. What is finished is not repeated and what was interrupted
-goes on, so a study may be stopped at will; two studies may share the machine (OMP_NUM_THREADS=1 for each).
+Each run lives in a folder of its own under runs/, what was measured of it in a file beside that folder. What
+is finished is not repeated and what was interrupted goes on, so a study may be stopped at will; two may share
+the machine (OMP_NUM_THREADS=1 for each). With --out results they start from what the authors measured.
 """
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,24 +94,21 @@ STUDIES = {
 }
 
 
-def trained(row, dataset, seed, steps, folder):
-    """The row's finished run, training what is left of it -> its folder."""
-    steps = steps or row.steps or train.METHODS[row.method][2]
-    words = [row.method, Path(dataset).name, *row.settings, f"{steps}steps", f"seed{seed}"]
-    out = folder / "-".join(words)
+def trained(row, dataset, seed, steps, out):
+    """The row's finished run in the folder `out`, training what is left of it -> model, {"minutes": m}."""
     weights = out / "denoiser.safetensors"
-    if weights.is_file() and models.load(weights)[1]["steps"] == steps:
-        return out
-    go = ["--steps", str(steps), "--samples", "0"]
-    if (out / "checkpoint.pt").is_file():
-        go += ["--resume", str(out)]
-    else:
-        go += ["--method", row.method, "--data", dataset, "--seed", str(seed), "--out", str(out),
-               "--overwrite"]
-        for setting in row.settings:
-            go += ["--set", setting]
-    train.main(go)
-    return out
+    if not (weights.is_file() and models.load(weights)[1]["steps"] == steps):
+        go = ["--steps", str(steps), "--samples", "0"]
+        if (out / "checkpoint.pt").is_file():
+            go += ["--resume", str(out)]
+        else:
+            go += ["--method", row.method, "--data", dataset, "--seed", str(seed), "--out", str(out),
+                   "--overwrite"]
+            for setting in row.settings:
+                go += ["--set", setting]
+        train.main(go)
+    last = (out / "log.jsonl").read_text().splitlines()[-1]
+    return models.build("tiny", dataset, out), {"minutes": json.loads(last)["seconds"] / 60}
 
 
 def name(steps, settings):
@@ -118,14 +117,16 @@ def name(steps, settings):
     return ", ".join(words + [f"{k} {v:g}" for k, v in settings.items() if "last" not in settings])
 
 
-def measured(model, ways, examiner, cache):
-    """{way in words: figures}, each measured once in the life of the file `cache`."""
-    known = json.loads(cache.read_text()) if cache.is_file() else {}
+def measured(cache, examiner, ways, opened):
+    """(way in words, figures) of a model, each measured once in the life of the file `cache`.
+    opened: function -> model, more figures; called only if there is something to measure."""
+    known, model = json.loads(cache.read_text()) if cache.is_file() else {}, None
     for steps, settings in ways:
         key = f"{name(steps, settings)} ({len(examiner.asked.caption)} pictures)"
         if key not in known:
-            known[key] = evaluate.measure(examiner, model, steps, **settings)
-            train.write(cache, json.dumps(known, indent=1))
+            model, beside = (model, beside) if model else opened()
+            known[key] = {**evaluate.measure(examiner, model, steps, **settings), **beside}
+            train.write(cache, json.dumps(known, indent=1) + "\n")
         yield name(steps, settings), known[key]
 
 
@@ -137,7 +138,8 @@ def parse(argv=None):
     parser.add_argument("--seeds", type=int, help="runs per row (default: the study's, 1 or 3)")
     parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
     parser.add_argument("--samples", type=int, default=train.SAMPLES, help="pictures per figure")
-    parser.add_argument("--out", default="runs", help="where the runs are kept")
+    parser.add_argument("--out", default="runs", help="where runs and measurements are kept; "
+                        "results: continue the authors' own")
     return parser, parser.parse_args(argv)
 
 
@@ -152,19 +154,21 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.exit(2, f"study.py: {error}\n")
     said = {}
-    for way, figures in measured(base, plan.base, examiner, folder / f"base-{source.name}.json"):
-        lines.append((f"base, {way}", figures))
-    for seed in range(a.seeds or plan.seeds):
-        for row in plan.rows:
-            out = trained(row, a.data, seed, a.steps, folder)
-            model = models.build("tiny", source.name, out)
-            minutes = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seconds"] / 60
-            ways = [*(plan.at or model.facts["rows"]), *(plan.also if seed == 0 else [])]
-            for way, figures in measured(model, ways, examiner, out / "measured.json"):
-                lines.append((f"{row.label}, {way}", {**figures, "minutes": minutes}))
-                said[lines[-1][0]] = row.said
+    known = folder / f"base-{source.name}.json"
+    for way, figures in measured(known, examiner, plan.base, lambda: (base, {})):
+        lines.append((f"base, {way}", {**figures, "minutes": ""}))
+    for seed, row in itertools.product(range(a.seeds or plan.seeds), plan.rows):
+        steps = a.steps or row.steps or train.METHODS[row.method][2]
+        out = folder / "-".join([row.method, source.name, *row.settings, f"{steps}steps", f"seed{seed}"])
+        own = [how for who, *how in train.settle(row.method, row.settings).rows() if who == "after"]
+        ways = [*(plan.at or own), *(plan.also if seed == 0 else [])]
+        for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways,
+                                     lambda: trained(row, a.data, seed, steps, out)):
+            lines.append((f"{row.label}, {way}", figures))
+            said[lines[-1][0]] = row.said
+    nothing = {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}
     lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
-             for label, figures in [*lines, ("real pictures", {**examiner.floor, "steps": "", "excess": 0.})]]
+             for label, figures in [*lines, ("real pictures", nothing)]]
     text = evaluate.table(evaluate.gather(lines))
     train.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
     train.write(folder / f"{a.study}-{source.name}.md", text + "\n")
