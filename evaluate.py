@@ -140,7 +140,7 @@ def table(rows):
 def markdown(columns, rows):
     """Names of columns, rows of cells -> a Markdown table."""
     lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in row)
+    return "\n".join(lines + ["| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row)
                               + " |" for row in rows])
 
 
@@ -262,7 +262,7 @@ def gather(rows):
         for key, value in figures.items():
             if len(many) > 1 and isinstance(value, float):
                 values = torch.tensor([m[key] for m in many])
-                figures[key] = f"{values.mean():.3f} ± {values.std():.3f}"
+                figures[key] = f"{values.mean():.3g} ± {values.std():.2g}"
         gathered.append((name if len(many) == 1 else f"{name}, {len(many)} seeds", figures))
     return gathered
 

@@ -7,6 +7,7 @@ What was measured lies in results/.
 """
 
 import json
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -194,6 +195,22 @@ def studies():
             for path in sorted(RESULTS.glob("study-*.json"))}
 
 
+COLUMNS = "in the paper", "fd", "excess", "accuracy", "precision", "recall", "minutes"
+MARK = re.compile(r"(<!-- study (\S+): (.*?) -->\n).*?(?=<!-- end -->)", re.S)
+
+
+def filled(readme):
+    """The README's text with its tables made from results/. Above each stands its study and what the lines end
+    with that it shows."""
+    found = studies()
+    def table(match):
+        endings = *match[3].split("; "), "real pictures"
+        rows = [(label, {key: figures[key] for key in COLUMNS if key in figures})
+                for label, figures in found[match[2]] if label.endswith(endings)]
+        return f"{match[1]}{evaluate.table(evaluate.gather(rows))}\n"
+    return MARK.sub(table, readme)
+
+
 DRAWN = (glyphs, strip, students, path, gradient, steps, minutes, attention)
 
 
@@ -202,6 +219,8 @@ def main():
     (HOME / "tables.md").write_text("".join(
         f"## `python study.py {name.rpartition('-')[0]} --data {name.rpartition('-')[2]}`\n\n"
         f"{evaluate.table(evaluate.gather(rows))}\n\n" for name, rows in studies().items()))
+    readme = HERE / "README.md"
+    readme.write_text(filled(readme.read_text()))
     for draw in DRAWN:
         target = HOME / f"{draw.__name__}.png"
         if not target.exists():

@@ -1,6 +1,7 @@
-"""Shared by all tests: the repository on the path, one thread setting,
+"""Shared by all tests: the repository on the path, one thread for each of several test processes,
 and a denoiser small enough to reason about."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"                      # for the commands that tests start
+    torch.set_num_threads(1)
 
 import adt  # noqa: E402
 import data  # noqa: E402

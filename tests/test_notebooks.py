@@ -1,5 +1,5 @@
 """The notebooks run from a clean kernel, and are committed as they ran.
-`python -m pytest -m notebooks` runs them, eight minutes on two cores."""
+`python -m pytest -m notebooks -n 0` runs them, eight minutes on two cores."""
 
 import nbformat
 import pytest

@@ -1,4 +1,5 @@
-"""The default commands, whole, and what takes long to show: `python -m pytest -m slow`, an hour on two cores.
+"""The default commands, whole, and what takes long to show: `python -m pytest -m slow -n 0`,
+two hours on two cores.
 
 What they gain is many times what seeds differ by; here one seed must show it."""
 
