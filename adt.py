@@ -1,10 +1,10 @@
 """ADT, Adversarial Diffusion Tuning (Shen et al. 2025, arXiv 2504.11423): practise the way you will perform.
 
 A diffusion model is trained on noised true pictures but used on its own half-finished ones. ADT closes the
-gap: noise a real picture part of the way, let the sampler finish the job, and ask a siamese discriminator
-whether the result and the real picture belong together. The old diffusion loss stays, so that the
-discriminator cannot be hacked; gradients stay small and cheap because they flow along the path, never
-through the network's inputs.
+gap: start from a noised real picture (the paper) or from pure noise (our default in the small world), let the
+sampler finish the job, and have a siamese discriminator compare the result with the real picture. The old
+diffusion loss stays, so that the discriminator cannot be hacked; gradients stay small and cheap because they
+flow along the path, never through the network's inputs.
 
     L_G = L_diff + lambda_adv * ( -D(x_0, x0_hat) )    L_D = relu(1 - D(x_0, x_0')) + relu(1 + D(x_0, x0_hat))
 
@@ -137,7 +137,9 @@ def generator_loss(model, teacher, critic, batch, config):
 
 def discriminator_loss(critic, batch, fake, known, config):
     """-> {term: loss}, logits on real, logits on fake. The real pair is one picture twice, augmented apart;
-    the fake pair holds the real picture and what the model made of it."""
+    the fake pair holds the real picture and what the model made of it. With `relative` the two views of the
+    real pair could change places, so its hinge cannot fall below 1 (Jensen): it only keeps the verdicts on
+    them alike, and what teaches is the fake pair, a relativistic comparison (Jolicoeur-Martineau 2018)."""
     real = critic(*pair(batch.image, batch.image, config), known)               # D(x_0, x_0')
     made = critic(*pair(batch.image, fake.detach(), config), known)             # D(x_0, sg[x0_hat])
     return {"D": losses.hinge_real(real) + losses.hinge_fake(made)}, real, made         # ADT L_D

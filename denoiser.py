@@ -99,6 +99,8 @@ class Denoiser(nn.Module):
         other._modules = {**self._modules, "network": copy.deepcopy(self.network)}
         return other.eval().requires_grad_(False)
 
+    rank = 0                                                 # of its low-rank adapters, if it has any
+
     def adapt(self, rank):
         """Freeze the network; let low-rank adapters learn instead."""
         raise ValueError("--lora is for sd15, sdxl and sd3: this network is small enough to learn as it is")

@@ -2,8 +2,8 @@
 and a few light heads that learn to judge what it saw.
 
 A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the
-eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with the
-real one it was made from. ADD's is *projected*: it looks at one picture and asks whether it is real, given
+eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with a
+real one of the same caption. ADD's is *projected*: it looks at one picture and asks whether it is real, given
 the caption.
 
 Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture
@@ -174,8 +174,9 @@ class Projected(nn.Module):
         if self.project:
             # to length 8: shorter, it takes hundreds of steps to be heard; longer, a step of W is many of W c
             known = 8 * F.normalize(known.float())
-            seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
-                    for x, w in zip(seen, self.project)]
+            with torch.autocast(known.device.type, enabled=False):            # verdicts are not for bf16
+                seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
+                        for x, w in zip(seen, self.project)]
         return torch.cat(seen, 1).squeeze(-1)
 
     def forward(self, real, other, known=None):
@@ -186,7 +187,7 @@ class Projected(nn.Module):
             return logits
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
-        return logits - self.score(real, known)
+        return logits - self.score(real, known)              # ADT comparison: v(y | c) - v(x | c)
 
 
 def tighten(critic):
@@ -239,7 +240,8 @@ def augment(image, draw, strength=1.0, cutout=True):
     shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()         # whole pixels
     theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
     theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)
-    grid = F.affine_grid(theta, image.shape, align_corners=False)
+    with torch.autocast(image.device.type, enabled=False):   # bf16 cannot tell the columns of 512 pixels apart
+        grid = F.affine_grid(theta, image.shape, align_corners=False)
     image = F.grid_sample(image, grid, mode="nearest", padding_mode="border", align_corners=False)
     if cutout and strength > 0:
         y, x = torch.meshgrid(torch.linspace(-1, 1, h, device=image.device),

@@ -156,7 +156,7 @@ def panel(rows, captions=None):
     import textwrap
     from matplotlib.figure import Figure
     columns = len(rows[0][1])
-    figure = Figure(figsize=(columns * .95, len(rows) * .95 + .5))
+    figure = Figure(figsize=(columns * .95, len(rows) * .95 + .6))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for i, ((label, images), line) in enumerate(zip(rows, axes)):
         for j, (image, axis) in enumerate(zip(images, line)):
@@ -164,8 +164,8 @@ def panel(rows, captions=None):
             axis.set_xticks([]), axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if captions and i == 0:
-                axis.set_title("\n".join(textwrap.wrap(captions[j], 17)), fontsize=5)
-        line[0].set_ylabel("\n".join(textwrap.wrap(label, 18)), fontsize=5)
+                axis.set_title("\n".join(textwrap.wrap(captions[j], 16)), fontsize=6.5)
+        line[0].set_ylabel("\n".join(textwrap.wrap(label, 16)), fontsize=6.5)
     figure.tight_layout(pad=.3)
     return figure
 
@@ -351,12 +351,13 @@ def players_of(a):
     if a.prompt is None:
         source = data.build(dataset, model.size)
         captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-    for _, one, *_ in found:
-        one.to(parallel.device()).condition(captions)
     if a.prompt is None and not model.heavy:
         examiner = Examiner(source, a.samples, split=a.split, weights=weights)
     elif a.prompt is None and judges:
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
+    for _, one, *_ in found:                                 # all that will be asked; then the encoders may go
+        one.to(parallel.device()).condition(["", *captions, *(examiner.asked.caption if examiner else [])])
+        one.close()
     return players, examiner, captions
 
 

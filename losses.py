@@ -1,7 +1,8 @@
 """Every numbered formula of either paper, as a pure function of tensors. Nothing here owns a network.
 
 Both papers play the same game: the generator keeps a regression loss that anchors it, and adds an adversarial
-loss that tells it what regression cannot. Signs: D is high on real, low on fake.
+loss that tells it what regression cannot. Signs: D is high on real, low on fake. The papers' sum over heads
+is a mean over the tokens of all heads here: lambda then depends on neither their number nor their size.
 
     L_G = L_diff or L_distill + lambda * (-D(fake))         L_D = relu(1 - D(real)) + relu(1 + D(fake))
 

@@ -70,13 +70,23 @@ def shard(network):
         module.set_force_sum_reduction_for_comms(True)       # and gloo knows no other
 
 
-def whole(tree):
-    """Sharded tensors in nested dictionaries and lists -> complete ones. All processes must call it."""
+def whole(tree, home=False):
+    """Sharded tensors in nested dictionaries and lists -> complete ones. All processes must call it. home: for
+    a file, in the main memory of process 0 alone, one after the other."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: whole(value, home) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(whole(value) for value in tree)
-    return tree.full_tensor() if sharded(tree) else tree
+        return type(tree)(whole(value, home) for value in tree)
+    if not sharded(tree):
+        return tree
+    full = tree.full_tensor()
+    return full if not home else full.cpu() if rank() == 0 else None
+
+
+def moved(network):
+    """Its weights have changed by other hands than an optimiser's: FSDP2 must gather them anew."""
+    if hasattr(network, "reshard"):
+        network.reshard()
 
 
 def like(tensor, own):

@@ -5,7 +5,8 @@ One step, for every family: ask the network, solve for (x0, eps), put them toget
 which is DDIM for an eps-model and an Euler step for a flow. ADT trains *through* this path under one
 constraint (`rollout`): the network always sees a detached input, and only chosen steps keep their graph. Then
     d x0_final / d theta = sum over chosen steps of (a scalar of the schedule) * d y_theta / d theta,
-with no product of network Jacobians: nothing to explode, and one network graph of memory.
+with no product of network Jacobians: nothing to explode, and the memory of the chosen steps' graphs alone,
+or of one where they are recomputed.
 Read next: losses.py
 """
 

@@ -32,6 +32,16 @@ def schedule(scheduler):
     return target, product.sqrt(), (1 - product).sqrt(), torch.arange(len(product))
 
 
+def exact(layer):
+    """Have a layer compute in full precision under autocast, too. The last one's output is what `split` may
+    multiply by 15: rounded to bf16, every picture would carry noise of its own."""
+    class Exact(type(layer)):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float())
+    layer.__class__ = Exact
+
+
 class Latent(Denoiser):
     """What the three families share: a network and a VAE from a diffusers pipeline, and captions that are
     encoded once. The pipeline stays outside the module tree, and its text encoders leave when they have read
@@ -52,14 +62,20 @@ class Latent(Denoiser):
         self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
         self.requires_grad_(False)
         self.network.requires_grad_(True)
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(parallel.device())
+        exact(self.network.conv_out if self.part == "unet" else self.network.proj_out)
+        self.wake(parallel.device())
         with torch.no_grad():                                # the encoders' own fingerprint names their shelf
             said = self.ask(["a fingerprint"])["text"].float().cpu().numpy().tobytes()
+        self.wake("cpu")                                     # until there is a caption that nobody has read
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         self.cache = home / "adversarial-diffusion" / hashlib.sha256(said).hexdigest()[:16]
         self.cache.mkdir(parents=True, exist_ok=True)
+
+    def wake(self, device):
+        """Bring the text encoders there."""
+        for name, part in self.outside[0].components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
 
     def encode(self, image):
         z = torch.cat([self.vae.encode(one).latent_dist.sample() for one in image.split(1)])
@@ -105,12 +121,13 @@ class Latent(Denoiser):
         return other
 
     def output(self, x, time, cond):
-        if self.bare:
-            self.network.disable_adapters()
-        y = self.call(x, time, cond)
-        if self.bare:
+        if not self.bare:
+            return self.call(x, time, cond)
+        self.network.disable_adapters()
+        try:
+            return self.call(x, time, cond)
+        finally:
             self.network.enable_adapters()
-        return y
 
     def call(self, x, time, cond):
         """`output` of the family."""
@@ -127,6 +144,7 @@ class Latent(Denoiser):
             raise ValueError(f"the text encoders are gone and never read '{new[0][:80]}'")
         if new:
             from safetensors.torch import save_file
+            self.wake(parallel.device())
             with torch.autocast(parallel.device().type, enabled=False):
                 said = self.ask(new)
             for i, caption in enumerate(new):
@@ -134,7 +152,7 @@ class Latent(Denoiser):
                 save_file({k: v[i].clone().cpu() for k, v in said.items()}, partial)
                 partial.replace(self.place(caption))
         read = [self.recall(caption) for caption in captions]
-        return {key: torch.stack([one[key] for one in read]).to(self.alpha.device) for key in read[0]}
+        return {key: torch.stack([one[key].float() for one in read]).to(self.alpha.device) for key in read[0]}
 
     def place(self, caption):
         """Where on disk it is kept what the text encoders made of a caption."""
@@ -148,10 +166,11 @@ class Latent(Denoiser):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         if caption not in self.read:
-            if len(self.read) >= 2048:
-                self.read.pop(next(iter(self.read)))         # the oldest
             try:
-                self.read[caption] = load_file(self.place(caption))
+                said = load_file(self.place(caption))
+                if len(self.read) * sum(value.nbytes for value in said.values()) > 2 ** 30:
+                    self.read.pop(next(iter(self.read)))     # the oldest: a gigabyte of them is enough
+                self.read[caption] = said
             except SafetensorError:
                 raise ValueError(f"{self.place(caption)} is damaged: remove it") from None
         return self.read[caption]
@@ -160,6 +179,7 @@ class Latent(Denoiser):
         if self.rank:
             raise ValueError("init=random and --lora exclude each other: adapters on nothing learn nothing")
         self.network = type(self.network).from_config(self.network.config)
+        exact(self.network.conv_out if self.part == "unet" else self.network.proj_out)
 
     def close(self):
         self.outside.clear()                                 # the text encoders; what they read stays
@@ -169,7 +189,7 @@ class Latent(Denoiser):
         everything else is as it came."""
         from peft import get_peft_model_state_dict
         state = get_peft_model_state_dict(self.network) if self.rank else self.network.state_dict()
-        state = parallel.whole(state)
+        state = parallel.whole(state, home=True)
         if parallel.rank() > 0:
             return
         student = "fresh" in facts["rows"][0][1]
@@ -178,7 +198,7 @@ class Latent(Denoiser):
             self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state})
             scheduler and scheduler.save_pretrained(out / "scheduler")
         else:
-            pipe = self.pipeline.from_pretrained(self.source, **({"scheduler": scheduler} if student else {}))
+            pipe = load(self.pipeline, self.source, **({"scheduler": scheduler} if student else {}))
             getattr(pipe, self.part).load_state_dict(state)
             pipe.save_pretrained(out / "pipeline")
 
@@ -190,7 +210,7 @@ class Latent(Denoiser):
             return diffusers.FlowMatchLCMScheduler.from_pretrained(self.source, subfolder="scheduler")
         return diffusers.LCMScheduler.from_pretrained(
             self.source, subfolder="scheduler", original_inference_steps=steps, timestep_spacing="trailing",
-            clip_sample=False, rescale_betas_zero_snr=False)
+            clip_sample=False, **({} if self.alpha[-1] < 1e-3 else {"rescale_betas_zero_snr": False}))
 
 
 class SD15(Latent):
@@ -248,6 +268,16 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
             "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
 
 
+def load(kind, source, **parts):
+    """A diffusers pipeline as it came, without pickles and without Stable Diffusion 1.5's picture censor; in
+    half precision where a folder has nothing else."""
+    held = [path.name for path in Path(source).glob("*/diffusion_pytorch_model*.safetensors")]
+    variant = {"variant": "fp16"} if held and all(".fp16." in name for name in held) else {}
+    if kind.__name__ == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    return kind.from_pretrained(source, use_safetensors=True, **variant, **parts)
+
+
 def pipeline(model, weights, size):
     """--model sd15, sdxl or sd3; --weights, a diffusers folder or a hub id -> the family's Denoiser. Whatever
     is missing, refused or half there is one sentence."""
@@ -274,8 +304,7 @@ def pipeline(model, weights, size):
     if not index.is_file() and (source.count("/") != 1 or source[0] in "./~"):
         raise FileNotFoundError(f"--weights {source}: no such folder, and no hub id either (OWNER/NAME)")
     try:
-        spare = {"safety_checker": None, "requires_safety_checker": False} if model == "sd15" else {}
-        pipe = getattr(diffusers, name).from_pretrained(source, use_safetensors=True, **spare)
+        pipe = load(getattr(diffusers, name), source)
     except Exception as error:                               # hub, disk, JSON, safetensors: each has its own
         why = str(error).strip().split("\n")[0][:200]
         what = ("complete it, or copy it again" if index.is_file() else

@@ -94,8 +94,8 @@ def provenance(config):
 
 def gradient_norm(weights, before):
     """Norm of what was added to the gradients since `before`: one loss term's own."""
-    pairs = [(w.grad, b) for w, b in zip(weights, before) if w.grad is not None]
-    return float(torch.stack([parallel.whole((now - then).norm()) for now, then in pairs]).norm())
+    added = [w.grad if then is None else w.grad - then for w, then in zip(weights, before) if w.grad is not None]
+    return float(torch.stack([parallel.whole(one.norm()) for one in added]).norm())
 
 
 class Run:
@@ -114,7 +114,8 @@ class Run:
         self.weights = [w for w in model.network.parameters() if w.requires_grad]
         self.average = [w.detach().clone() for w in self.weights]
         self.critic_weights = list(critic.parameters())
-        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(config.beta1, .999), weight_decay=0.)
+        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(config.beta1, .999), weight_decay=0.,
+                                       fused=self.weights[0].is_cuda)         # no copies of all the weights
         self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
                                        weight_decay=0.)
 
@@ -179,7 +180,7 @@ class Run:
         if learns and (self.done - self.warmup) % MEASURE == 0:
             last = list(terms)[-1]
             for name, term in terms.items():
-                before = [w.grad.clone() if w.grad is not None else torch.zeros_like(w) for w in self.weights]
+                before = [None if w.grad is None else w.grad.clone() for w in self.weights]
                 (term / self.total).backward(retain_graph=name != last)
                 scale = self.config.accumulate if parallel.sharded(self.weights[0]) else self.total
                 seen[f"|grad {name}|"] = scale * gradient_norm(self.weights, before)
@@ -235,7 +236,7 @@ class Run:
         return parallel.whole({"weights": [w.detach() for w in self.weights], "average": self.average,
                                "done": self.done, "skipped": self.skipped,
                                **{name: getattr(self, name).state_dict()
-                                  for name in ("critic", "opt_g", "opt_d")}})
+                                  for name in ("critic", "opt_g", "opt_d")}}, home=True)
 
     def restore(self, state):
         for own, saved in ((self.weights, state["weights"]), (self.average, state["average"])):
@@ -258,6 +259,7 @@ class Run:
             for weight, average in zip(self.weights, self.average):
                 kept = weight.clone()
                 weight.copy_(average), average.copy_(kept)
+            parallel.moved(self.model.network)
         swap()
         try:
             yield self.model
@@ -274,21 +276,28 @@ def write(path, text):
 
 def save(run, out, facts):
     """One checkpoint with everything, and the result in a form that others load (a heavy one at the end).
-    OSError, and the checkpoint before is as it was, where the disk does not take it."""
+    OSError, in every process, and the checkpoint before is as it was, where the disk does not take it."""
     state, partial = run.state(), out / "checkpoint.part"
-    try:
+    def checkpoint():
         if parallel.rank() == 0:
             with open(partial, "wb") as file:
                 torch.save(state, file)
                 os.fsync(file.fileno())                      # on the disk before it gets its name
             partial.replace(out / "checkpoint.pt")
-        if run.done == run.steps or not run.model.heavy:
-            with run.averaged() as model:
-                model.keep(out, steps=run.done, **facts)
-    except (OSError, RuntimeError, SafetensorError) as error:                # each writer has its own
-        for unfinished in out.glob("*.part"):
-            unfinished.unlink()
-        raise OSError(f"cannot write the checkpoint of step {run.done} ({str(error)[:200]})") from None
+    def result():
+        with run.averaged() as model:
+            model.keep(out, steps=run.done, **facts)
+    for write_it in [checkpoint, *([result] if run.done == run.steps or not run.model.heavy else [])]:
+        trouble = None
+        try:
+            write_it()
+        except (OSError, RuntimeError, SafetensorError) as error:            # each writer has its own
+            trouble = error
+            for unfinished in out.glob("*.part"):
+                unfinished.unlink()
+        if parallel.agree(trouble is not None):
+            why = str(trouble or "process 0 could not")[:200]
+            raise OSError(f"cannot write the checkpoint of step {run.done} ({why})")
     run.saved = run.done
 
 
@@ -349,6 +358,8 @@ def loop(run, out, facts, grid):
     before = log[-1]["seconds"] if log else 0.
     bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1,
                disable=not writes)
+    if run.done == run.steps:                                # it had finished, but perhaps not kept its result
+        save(run, out, facts)
     with patience() as asked, open(log_path if writes else os.devnull, "a", buffering=1) as file:
         for step in bar:
             seen = run.step()
@@ -473,11 +484,12 @@ def prepare(arguments):
     critic = config.critic(eyes, text_width)
     if plan["lora"]:
         model.adapt(plan["lora"])
-    if plan["lean"]:
-        model.save_memory()
+    plan["lora"] = model.rank                                # it may have come with adapters
     base = model.twin()                                      # on the processor while nobody asks it
     if config.init == "random":
         model.forget()
+    if plan["lean"]:
+        model.save_memory()
     model.to(parallel.device())
     if config.has_teacher:
         base.to(parallel.device())
@@ -490,7 +502,7 @@ def prepare(arguments):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")              # torch has opinions on strangers' pickles
-                state = torch.load(out / "checkpoint.pt", weights_only=True)
+                state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu", mmap=True)
             run.restore(state)
         except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
                 pickle.UnpicklingError) as error:
@@ -556,10 +568,11 @@ def main(argv=None):
     except ArithmeticError as error:
         leave(1, f"\ntrain.py: {error}; {kept()}: go on from it with other settings (--weights {out}, "
                  f"a smaller lr, lr_d or lambda_adv), or leave such steps out: {go_on} --on-nan skip\n")
-    except (ValueError, OSError) as error:                   # the data, or the disk
-        with suppress(OSError):
-            save(run, out, facts)
-        leave(2, f"\ntrain.py: {error}; {kept()}; then: {go_on}\n")
+    except (ValueError, OSError) as error:                   # the data, or the disk; perhaps here alone
+        if parallel.world() == 1:
+            with suppress(OSError):
+                save(run, out, facts)
+        parser.exit(2, f"\ntrain.py: {error}; {kept()}; then: {go_on}\n")
     if run.done < run.steps:
         leave(0, f"\nstopped after step {run.done}, all is saved; go on with: {go_on}\n")
     if arguments.samples:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["sampler.py", "losses.py", "discriminator.py", "adt.py", "add.py"]
-TAG = re.compile(r"\b(ADT (?:path|start|constraint|similarity|L_diff|L_G|L_D)|ADD eq\. \d)\b")
+TAG = re.compile(r"\b(ADT (?:path|start|constraint|similarity|comparison|L_diff|L_G|L_D)|ADD eq\. \d)\b")
 MEANING = {
     "ADT path": "x_t' = α_t' x̂0 + σ_t' ε̂: one step of the inference path",
     "ADT start": "t_s uniform over the path, x_ts = α x0 + σ ε: image-to-image",
     "ADT constraint": "network called on sg[x_t], graph kept at K steps only",
-    "ADT similarity": "D(x, y) from cos(h_i(F_i x), h_i(F_i y))",
+    "ADT similarity": "D(x, y) from cos(h_i(F_i x), h_i(F_i y)); the default for large models",
+    "ADT comparison": "D(x, y) = v(y | c) − v(x | c): one critic's two verdicts; the default here",
     "ADT L_diff": "‖y_θ(x_t, t, c) − (a x0 + b ε)‖²",
     "ADT L_G": "L_diff + λ · (−D(x0, x̂0))",
     "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0]))",

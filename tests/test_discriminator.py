@@ -192,12 +192,25 @@ def test_identical_pictures_are_as_similar_as_can_be(features):
     assert (critic(x, y).mean(1) < 2 - 1e-3).all()
 
 
+@pytest.mark.equation("ADT comparison")
 def test_relative_is_antisymmetric(features):
     torch.manual_seed(0)
     critic = build_critic("relative", features, 16).eval()
     x, y, text = *torch.randn(2, 3, 3, 32, 32), torch.randn(3, 16)
     torch.testing.assert_close(critic(x, y, text), -critic(y, x, text), rtol=1e-4, atol=1e-5)
     assert critic(x, x, text).abs().max() < 1e-5 < critic(x, y, text).abs().max()
+
+
+@pytest.mark.equation("ADT L_D")
+def test_the_real_pair_of_relative_only_keeps_verdicts_alike(features):
+    """Its two views can change places, so whatever the heads say, its hinge is 1 or more in the mean."""
+    torch.manual_seed(0)
+    critic = build_critic("relative", features, 16).eval()
+    for scale in (1, 100):                                   # shy heads, and heads that are sure of themselves
+        x, y, text = *torch.randn(2, 3, 3, 32, 32) * scale, torch.randn(3, 16)
+        both = losses.hinge_real(critic(x, y, text)) + losses.hinge_real(critic(y, x, text))
+        assert both >= 2 - 1e-5
+    assert abs(losses.hinge_real(critic(x, x, text)) - 1) < 1e-5
 
 
 def test_score_is_the_mean_of_the_tokens_verdicts(features):
