@@ -121,11 +121,14 @@ def name(steps, settings):
 
 def measured(cache, examiner, ways, opened):
     """(way in words, figures) of a model, each measured once in the life of the file `cache`.
-    opened: function -> model, more figures; called only if there is something to measure."""
+    opened: function -> model, more figures; called only if there is something to measure. None: what is not
+    known yet is left out."""
     known, model = json.loads(cache.read_text()) if cache.is_file() else {}, None
     for steps, settings in ways:
         key = f"{name(steps, settings)} ({len(examiner.asked.caption)} pictures)"
         if key not in known:
+            if opened is None:
+                continue
             model, beside = (model, beside) if model else opened()
             known[key] = {**evaluate.measure(examiner, model, steps, **settings), **beside}
             train.write(cache, json.dumps(known, indent=1) + "\n")
@@ -140,6 +143,7 @@ def parse(argv=None):
     parser.add_argument("--seeds", type=int, help="runs per row (default: the study's, 1 or 3)")
     parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
     parser.add_argument("--samples", type=int, default=train.SAMPLES, help="pictures per figure")
+    parser.add_argument("--so-far", action="store_true", help="only what has been measured; train nothing")
     parser.add_argument("--out", default="runs", help="where runs and measurements are kept; "
                         "results: continue the authors' own")
     return parser, parser.parse_args(argv)
@@ -157,15 +161,15 @@ def main(argv=None):
         parser.exit(2, f"study.py: {error}\n")
     said = {}
     known = folder / f"base-{source.name}.json"
-    for way, figures in measured(known, examiner, plan.base, lambda: (base, {})):
+    for way, figures in measured(known, examiner, plan.base, None if a.so_far else lambda: (base, {})):
         lines.append((f"base, {way}", {**figures, "minutes": ""}))
     for seed, row in itertools.product(range(a.seeds or plan.seeds), plan.rows):
         steps = a.steps or row.steps or train.METHODS[row.method][2]
         out = folder / "-".join([row.method, source.name, *row.settings, f"{steps}steps", f"seed{seed}"])
         own = [how for who, *how in train.settle(row.method, row.settings).rows() if who == "after"]
         ways = [*(plan.at or own), *(plan.also if seed == 0 else [])]
-        for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways,
-                                     lambda: trained(row, a.data, seed, steps, out)):
+        make = None if a.so_far else lambda: trained(row, a.data, seed, steps, out)
+        for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways, make):
             lines.append((f"{row.label}, {way}", figures))
             said[lines[-1][0]] = row.said
     nothing = {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}

@@ -30,6 +30,8 @@ def test_a_study_trains_each_row_once_and_sets_the_paper_beside_it(tmp_path, sma
         ways = json.loads((tmp_path / f"{run}.json").read_text())
         assert len(ways) == (4 if "seed0" in run else 3)     # 1, 2 and 4 steps; the first seed's also at 3
     monkeypatch.setattr(train, "main", lambda go: pytest.fail(f"trained again: {go}"))
+    study.main([*order, "--seeds", "3", "--so-far"])         # the third seed has not been run
+    assert (tmp_path / "add-glyphs.md").read_text() == table
     for run in runs:
         shutil.rmtree(tmp_path / run)
     study.main(order)                                        # nothing is left to do: figures outlive runs
