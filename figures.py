@@ -115,7 +115,7 @@ def gradient():
             x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
             norms.append(path_gradient(model, x, n, cond, target, train=set(range(n)), leak=leak))
         axis.plot(lengths, norms, style, ms=4, label=label, color=COLOURS["add" if leak else "adt"])
-    axis.set(xlabel="steps of the path", ylabel="gradient norm", xscale="log", yscale="log")
+    axis.set(xlabel="steps of the path", ylabel="gradient norm", ylim=(0, None))
     axis.legend(fontsize=8)
     figure.tight_layout()
     return figure
@@ -177,16 +177,16 @@ def attention():
         optimiser.zero_grad()
         (losses.hinge_real(real) + losses.hinge_fake(made)).backward()
         optimiser.step()
-    coarse, rows = min(h for _, h, _ in eyes.shapes), []
+    coarse = min(h for _, h, _ in eyes.shapes)
     sides = [h // 2 if h > coarse else h for _, h, _ in eyes.shapes]
-    for label, images in (("real", batch.image[:12]), ("base, 4 steps", fakes[:12])):
-        with torch.no_grad():
-            tokens = critic(None, images, cond[:12]).split([side ** 2 for side in sides], 1)
-        verdict = sum(F.interpolate(one.view(12, 1, side, side), 32) for one, side in zip(tokens, sides))
-        verdict = (verdict / len(sides)).clamp(-1, 1)
-        heat = torch.cat([1 - 2 * verdict.clamp(min=0), 1 - 2 * verdict.abs(),
-                          1 + 2 * verdict.clamp(max=0)], 1)
-        rows += [(label, images), (f"{label}: verdict", heat)]
+    shown = torch.cat([batch.image[:12], fakes[:12]])
+    with torch.no_grad():
+        tokens = critic(None, shown, cond[:12].repeat(2, 1)).split([side ** 2 for side in sides], 1)
+    verdict = sum(F.interpolate(one.view(24, 1, side, side), 32) for one, side in zip(tokens, sides))
+    verdict = (verdict / verdict.abs().quantile(.95)).clamp(-1, 1)
+    heat = 1 - 2 * torch.cat([verdict.clamp(min=0), verdict.abs(), -verdict.clamp(max=0)], 1)
+    rows = [("real", shown[:12]), ("its verdict", heat[:12]),
+            ("base, 4 steps", shown[12:]), ("its verdict", heat[12:])]
     return evaluate.panel(rows, batch.caption[:12])
 
 
