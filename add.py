@@ -35,13 +35,13 @@ class Config:
     # the teacher
     weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                          "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
-    lambda_distill: Annotated[float, "paper: weight of the distillation; 0 = none"] = 2.5
+    lambda_distill: Annotated[float, "paper: weight of the distillation (beside a sum over heads)"] = 2.5
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     teacher_guidance: Annotated[float, "ours: the teacher's classifier-free guidance"] = 1.0
     teacher_steps: Annotated[int, "paper: sampler steps the teacher takes to its x0"] = 1
-    distance: Annotated[Literal["squared", "l1", "huber"], "paper: d, the squared one was best"] = "squared"
+    distance: Annotated[Literal["squared", "l1", "huber"], "paper: d"] = "squared"
     space: Annotated[Literal["pixel", "latent"], "paper: where the distance is taken"] = "pixel"
-    negative: Annotated[str, "ours: NFSD's negative prompt"] = ""
+    negative: Annotated[str, "ours: NFSD's negative prompt; empty, it says nothing where t is large"] = ""
     # the discriminator
     features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
@@ -49,7 +49,7 @@ class Config:
     gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-4
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
+    augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
     # the optimisers
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
@@ -90,16 +90,17 @@ class Config:
         return discriminator.Projected(features, known[self.condition] + self.timed * self.student_steps)
 
 
-# What large models want otherwise. Paper: pure noise is told as T and gets its fair share of the batch,
-# inputs are noised real pictures, gamma. Ours: the rates, for the paper states none.
+# What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
+# gets its fair share of the batch, noises real pictures, and states gamma; but no rates.
 LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1., batch=4, lr=1e-5, lr_d=1e-4,
-              steps_d=1, ema=.999)
+              steps_d=1, ema=.999, negative="blurry, low quality, distorted")
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
+SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(("last", "terminal", "own", "gamma", "share_r1"), "paper"))
 
 
 def knowledge(critic, batch, cond, stop, blind, config):
-    """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C), each part of
-    one length. c_img is the CLS token of the real x_0, since below the last time the student sees some of it;
+    """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C). c_img is the
+    CLS token of the real x_0 (ours: of its own eyes), for below the last time the student sees some of it;
     where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence would give the
     answer away. The time is `stop` (B,), which of the student's: a discriminator of all its pictures together
     makes one step sharper because it is soft, and four steps, by the same stroke, too sharp."""
@@ -147,11 +148,13 @@ def advice(teacher, x0_hat, cond, config):
     alpha, sigma = teacher.at(t)
     weight = losses.distillation_weight(config.weighting, alpha, sigma).flatten()
     if config.weighting == "nfsd":
-        empty, bad = ({**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
-                      for c in (uncond, teacher.condition([config.negative])))
-        said = [teacher.split(x_t, teacher.predict(x_t, t, c), t)[1] for c in (empty, cond, bad)]
+        def said(c):
+            c = {**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
+            return teacher.split(x_t, teacher.predict(x_t, t, c), t)[1]
+        empty = said(uncond)
+        negative = said(teacher.condition([config.negative])) if config.negative else empty
         small = (t < teacher.T // 5).view(-1, 1, 1, 1)                        # 200 of 1000
-        return losses.nfsd_target(x0_hat, alpha, sigma, *said, small), weight
+        return losses.nfsd_target(x0_hat, alpha, sigma, empty, said(cond), negative, small), weight
     n = config.teacher_steps
     times = torch.stack([t * (n - i) // n for i in range(n)])                 # (n, B): from t down, evenly
     return sampler.rollout(teacher, x_t, times, cond, uncond, config.teacher_guidance), weight

@@ -26,21 +26,22 @@ class Config:
     has_teacher = False                                      # it learns from pictures alone
     # the path
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
-    train_steps: Annotated[int, "secondary: K, how many executed steps keep their graph"] = 2
+    train_steps: Annotated[int, "ours: K, how many executed steps keep their graph"] = 2
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
-    start: Annotated[Literal["image", "text"], "paper: a noised real image; ours: text, noise"] = "text"
-    starts: Annotated[int, "ours: an image start is one of the path's so many noisiest; 0 = any (paper)"] = 0
+    start: Annotated[Literal["image", "text"], "ours: pure noise; paper: image, a noised real one"] = "text"
+    starts: Annotated[int, "secondary: 0, an image starts at any step; ours: of so many noisiest"] = 0
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
     checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
     # the losses
     variant: Annotated[Literal["similarity", "twin", "difference", "relative", "projected"],
                        "ours: which discriminator"] = "relative"
-    pool: Annotated[Literal["tokens", "score", "mean"], "ours: judge every token, or their mean"] = "tokens"
+    pool: Annotated[Literal["tokens", "score", "mean", "all"], "ours: what is judged: see Siamese"] = "tokens"
     geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
-    features: Annotated[Literal["vit", "cnn", "random"], "paper: the frozen eyes; DINOv2's place"] = "vit"
+    features: Annotated[Literal["vit", "cnn", "random"], "secondary: frozen eyes, DINOv2's place"] = "vit"
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
-    augment: Annotated[float, "secondary: strength of the differentiable augmentation"] = 0.1
+    augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
+    real: Annotated[Literal["photo", "decoded"], "ours: x_0 or decode(encode(x_0))"] = "photo"
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
     drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
@@ -85,13 +86,17 @@ class Config:
         return discriminator.Siamese(features, self.variant, self.pool)
 
 
-# What large models want otherwise. Secondary: rates, clipping, path and guidance of CoMat, by the same
-# authors, for SD 1.5 and XL. Paper: the image start. Ours: the rest, SD 3's numbers among it.
-LATENT = dict(path_steps=50, train_steps=5, guidance=7.5, start="image", variant="similarity", batch=4,
-              clip=.1, beta1=.9, steps_d=1, augment=1., checkpoint=True, warmup_d=100, ema=.999)
+# What large models want otherwise, and where it is from: CoMat, by some of the same authors, has numbers for
+# SD 1.5 and XL. A decoder's traces are no fault of the generator's: real pictures wear them, too.
+COMAT = dict(path_steps=50, train_steps=5, guidance=7.5, clip=.1, beta1=.9)
+LATENT = dict(COMAT, start="image", variant="similarity", real="decoded", batch=4, steps_d=1, augment=1.,
+              checkpoint=True, warmup_d=100, ema=.999)
 PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
            "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal"),
            "diffusion": dict(beta1=.9)}                      # ours: alone, the diffusion loss plays no game
+KNOWN = {"start": "paper", "variant": "secondary", **dict.fromkeys([*COMAT, "lr", "lr_d"], "secondary")}
+SOURCES = {"sd15": {**KNOWN, "batch": "secondary"}, "sdxl": KNOWN,            # all else is ours
+           "sd3": {k: v for k, v in KNOWN.items() if k not in ("path_steps", "lr", "lr_d")}}
 
 
 def simulate(model, x0, cond, uncond, config, luck=None):
@@ -124,6 +129,8 @@ def generator_loss(model, teacher, critic, batch, config):
         x0 = model.encode(batch.image)
         cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
         dropped = model.condition([c if k else "" for c, k in zip(batch.caption, keep)], batch.frame)
+        if config.real == "decoded" and config.lambda_adv:
+            batch.image = model.decode(x0)                   # from here on, in both halves
     t = losses.sample_times(len(x0), model.T, config.times).to(x0.device)
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:

@@ -21,6 +21,7 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,10 @@ class Glyphs:
                            "slant": ["upright", "italic"]}
         self.masks, self.variants = [], []             # variant: (shape, family, bold, italic), -1 = has none
         for shape, c in enumerate(characters):
-            cuts = [(f, i, font) for f, fonts in enumerate(FAMILIES.values()) for i, font in enumerate(fonts)]
-            for family, i, font in cuts if c.isascii() else [(-1, -1, "DejaVuSans")]:
-                self.variants.append((shape, family, *((i % 2, i // 2) if i >= 0 else (-1, -1))))
+            cuts = [(f, i % 2, i // 2, font) for f, fonts in enumerate(FAMILIES.values())
+                    for i, font in enumerate(fonts)]
+            for *cut, font in cuts if c.isascii() else [(-1, -1, -1, "DejaVuSans")]:
+                self.variants.append((shape, *cut))
                 self.masks.append(mask(font, c))
         self.masks = (torch.stack(self.masks) * 255).round().byte()           # (V, 64, 64)
         self.variants = torch.tensor(self.variants)                           # (V, 4)
@@ -381,18 +383,22 @@ class Folder:
             return None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), frame
 
+    def order(self, split, generator):
+        """Row numbers without end, every one before any comes again."""
+        while True:
+            for row in torch.randperm(self.sizes[split], generator=generator).tolist():
+                if row not in self.broken:
+                    yield row
+
     def batch(self, n, generator=None, split="train"):
         """n different pictures while there are so many; every split is the whole folder."""
         check_split(split, self.sizes)
-        rows = draw_rows(self.sizes[split], 2 * n, generator).tolist()        # some to spare
-        rows = [row for row in rows if row not in self.broken]
+        order, found = self.order(split, generator), []
         look = self.kept.__getitem__ if self.kept else self.read
-        found = [(row, seen) for row, seen in zip(rows, self.readers.map(look, rows[:n])) if seen]
-        spare = iter(rows[n:])
         while len(found) < n:                                # one was broken: the next one steps in
-            row = next(spare)
-            found += [(row, seen)] if (seen := look(row)) else []
-        rows, pictures, frames = zip(*((row, *seen) for row, seen in found))
+            rows = list(islice(order, n - len(found)))
+            found += [(row, *seen) for row, seen in zip(rows, self.readers.map(look, rows)) if seen]
+        rows, pictures, frames = zip(*found)
         return Batch(torch.stack(pictures).float() / 127.5 - 1, [self.captions[i] for i in rows],
                      self.labels[list(rows), None], torch.ones(n, 1, dtype=torch.bool), torch.stack(frames))
 

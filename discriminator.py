@@ -114,15 +114,16 @@ class Siamese(nn.Module):
       difference   head(|h(x) - h(y)|)                         the classic siamese network
       relative     D(y | c) - D(x | c)                         see Projected: two verdicts, compared
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
-    verdicts, `mean` averages the tokens first and compares two vectors per layer.
+    verdicts of a layer, `all` those of all layers, too, `mean` averages the tokens first and compares two
+    vectors per layer.
     """
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()
         if variant not in ("similarity", "twin", "difference"):
             raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
-        if pool not in ("tokens", "score", "mean"):
-            raise ValueError(f"unknown pooling '{pool}': wanted tokens, score or mean")
+        if pool not in ("tokens", "score", "mean", "all"):
+            raise ValueError(f"unknown pooling '{pool}': wanted tokens, score, mean or all")
         self.features, self.variant, self.pool = features, variant, pool
         self.heads = features.heads(width, width)
         if variant == "similarity":
@@ -141,7 +142,7 @@ class Siamese(nn.Module):
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text unseen -> (B, tokens of all layers), pooled (B, layers)."""
+        """real, other (B, 3, H, W); text unseen -> (B, tokens of all layers); pooled: (B, layers), (B, 1)."""
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
         logits = []
@@ -150,8 +151,9 @@ class Siamese(nn.Module):
             if self.pool == "mean":
                 x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
             score = self.compare_tokens(i, x, y)
-            logits.append(score.mean(1, keepdim=True) if self.pool == "score" else score)
-        return torch.cat(logits, 1)
+            logits.append(score.mean(1, keepdim=True) if self.pool in ("score", "all") else score)
+        logits = torch.cat(logits, 1)
+        return logits.mean(1, keepdim=True) if self.pool == "all" else logits
 
 
 class Projected(nn.Module):
@@ -240,7 +242,7 @@ def augment(image, draw, strength=1.0, cutout=True):
     shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()         # whole pixels
     theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
     theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)
-    with torch.autocast(image.device.type, enabled=False):   # bf16 cannot tell the columns of 512 pixels apart
+    with torch.autocast(image.device.type, enabled=False):   # bf16 confuses the columns of 512 pixels
         grid = F.affine_grid(theta, image.shape, align_corners=False)
     image = F.grid_sample(image, grid, mode="nearest", padding_mode="border", align_corners=False)
     if cutout and strength > 0:

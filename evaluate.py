@@ -41,7 +41,7 @@ BASE_ROWS = [(1, {}), (4, {}), (10, {}), (25, {})]           # (steps, sampler s
 def draw(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fresh=0.0, visit=None):
     """One picture per caption from fixed noise, a few at a time: yields (b, 3, H, W) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    # all noise at once: how many are drawn together changes nothing
+    # the noise to start from all at once: it does not depend on how many are drawn together
     noise = torch.randn(len(captions), *model.shape, generator=generator).split(model.at_once)
     times = sampler.timeline(model.T, steps, shift, last)
     uncond = model.condition([""])
@@ -110,9 +110,10 @@ def measure(examiner, model, steps, guidance=1.0, out=None, **how):
     if out:
         images = torch.cat(list(images))
         folder_of(images, examiner.asked.caption, out)
-    figures = examiner.score(images)
-    above = [figures[name] - examiner.floor[name] for name in ("fd", "fd-dinov2") if name in figures]
-    return {"steps": steps, "guidance": guidance, **figures, **({"excess": above[0]} if above else {})}
+    figures = {"steps": steps, "guidance": guidance, **examiner.score(images)}
+    for name in {"fd", "fd-dinov2"} & figures.keys():
+        figures["excess"] = figures[name] - examiner.floor[name]
+    return figures
 
 
 def examine(players, captions, examiner=None, seed=0, out=None):
@@ -296,7 +297,8 @@ def parse(argv=None):
                                                        "a folder for each line of the table")
     parser.add_argument("--steps", help="sampler steps, e.g. 1,2,4,10,50 (default: those of each model)")
     parser.add_argument("--guidance", type=float, help="default: as the model was trained to be used")
-    parser.add_argument("--shift", type=float, default=1.0, help="> 1 spends more steps at the noisy end")
+    parser.add_argument("--shift", type=float, help="> 1 spends more steps at the noisy end (default: as the "
+                                                     "model was trained, mostly 1)")
     parser.add_argument("--fresh", type=float, help="share of new noise in each step, 0 to 1 (default: as "
                                                     "the model was trained: 1 for a student, else 0)")
     parser.add_argument("--samples", type=int, default=2000)
@@ -344,7 +346,7 @@ def players_of(a):
                for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
                                        else rows)]
     for _, model, steps, settings in players:
-        sampler.timeline(model.T, steps, a.shift, settings.get("last", 1.))
+        sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
     _, model, dataset, weights, _ = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None
@@ -355,7 +357,7 @@ def players_of(a):
         examiner = Examiner(source, a.samples, split=a.split, weights=weights)
     elif a.prompt is None and judges:
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
-    for _, one, *_ in found:                                 # all that will be asked; then the encoders may go
+    for _, one, *_ in found:                                 # all that will be asked; the encoders may go
         one.to(parallel.device()).condition(["", *captions, *(examiner.asked.caption if examiner else [])])
         one.close()
     return players, examiner, captions
@@ -371,10 +373,11 @@ def ask(a):
         raise ValueError(f"--steps {a.steps}: --study wants two numbers, one for each model")
     names, pictures = [], []
     for n, (group, model, *_, rows) in zip(steps, found):
-        sampler.timeline(model.T, n, a.shift, rows[0][1].get("last", 1.))
+        settings = {**rows[0][1], **chosen}
+        sampler.timeline(model.T, n, settings.get("shift", 1.), settings.get("last", 1.))
         model.to(parallel.device()).condition(captions)
         names.append(f"{group}, {in_steps(n)}")
-        pictures.append(sample(model, captions, n, seed=a.seed, **{**rows[0][1], **chosen}))
+        pictures.append(sample(model, captions, n, seed=a.seed, **settings))
     out = Path(a.out).with_suffix(".html")
     out.write_text(preference.page(names, captions, pictures), encoding="utf-8")
     return out

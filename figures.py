@@ -203,10 +203,12 @@ MARK = re.compile(r"(<!-- study (\S+): (.*?) -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def filled(readme):
-    """The README's text with its tables made from results/. Above each stands its study and what the lines end
-    with that it shows."""
+    """The README's text with its tables made from results/. Above each stands its study, and what the lines
+    end with that it shows."""
     found = studies()
     def table(match):
+        if match[2] not in found:
+            return match[0]
         endings = *match[3].split("; "), "real pictures"
         rows = [(label, {key: figures[key] for key in COLUMNS if key in figures})
                 for label, figures in found[match[2]] if label.endswith(endings)]

@@ -4,7 +4,8 @@ Both papers play the same game: the generator keeps a regression loss that ancho
 loss that tells it what regression cannot. Signs: D is high on real, low on fake. The papers' sum over heads
 is a mean over the tokens of all heads here: lambda then depends on neither their number nor their size.
 
-    L_G = L_diff or L_distill + lambda * (-D(fake))         L_D = relu(1 - D(real)) + relu(1 + D(fake))
+    L_G = L_diff + lambda * (-D(fake)), or (ADD) -D(fake) + lambda L_distill
+    L_D = relu(1 - D(real)) + relu(1 + D(fake))
 
 Read next: discriminator.py
 """

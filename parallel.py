@@ -71,8 +71,8 @@ def shard(network):
 
 
 def whole(tree, home=False):
-    """Sharded tensors in nested dictionaries and lists -> complete ones. All processes must call it. home: for
-    a file, in the main memory of process 0 alone, one after the other."""
+    """Sharded tensors in nested dictionaries and lists -> complete ones. All processes must call it. home:
+    for a file, in the main memory of process 0 alone, one after the other."""
     if isinstance(tree, dict):
         return {key: whole(value, home) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):

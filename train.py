@@ -84,17 +84,22 @@ def settle(method, changes, model="tiny"):
     return module.Config(**preset)
 
 
-def provenance(config):
-    """{field: [value, 'source: what it is']} for config.json."""
+def provenance(config, module, model):
+    """{field: [value, 'source: what it is']} for config.json. A preset's values have sources of their own."""
     notes = typing.get_type_hints(type(config), include_extras=True)
-    return {k: [v, notes[k].__metadata__[0]] for k, v in dataclasses.asdict(config).items()}
+    notes = {name: note.__metadata__[0] for name, note in notes.items() if hasattr(note, "__metadata__")}
+    for name, value in module.PRESETS.get(model, {}).items():
+        if getattr(config, name) == value:
+            notes[name] = module.SOURCES[model].get(name, "ours") + notes[name][notes[name].index(":"):]
+    return {k: [v, notes[k]] for k, v in dataclasses.asdict(config).items()}
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 def gradient_norm(weights, before):
     """Norm of what was added to the gradients since `before`: one loss term's own."""
-    added = [w.grad if then is None else w.grad - then for w, then in zip(weights, before) if w.grad is not None]
+    pairs = [(w.grad, then) for w, then in zip(weights, before) if w.grad is not None]
+    added = [now if then is None else now - then for now, then in pairs]
     return float(torch.stack([parallel.whole(one.norm()) for one in added]).norm())
 
 
@@ -358,7 +363,7 @@ def loop(run, out, facts, grid):
     before = log[-1]["seconds"] if log else 0.
     bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1,
                disable=not writes)
-    if run.done == run.steps:                                # it had finished, but perhaps not kept its result
+    if run.done == run.steps:                                # it had finished; its result may be lost
         save(run, out, facts)
     with patience() as asked, open(log_path if writes else os.devnull, "a", buffering=1) as file:
         for step in bar:
@@ -420,6 +425,22 @@ def parse(argv=None):
     return parser, parser.parse_args(argv)
 
 
+def check_free(out, plan, overwrite):
+    """Whether the run may have the folder `out`; ValueError if not."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return
+    if not (out / "config.json").is_file():
+        raise ValueError(f"--out {out} holds something else than a run: choose another folder")
+    if not overwrite and not (out / "checkpoint.pt").is_file():
+        raise ValueError(f"{out} holds a run that was stopped before it saved anything: "
+                         "--overwrite starts it anew, --out names another folder")
+    if not overwrite:
+        raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
+                         "--overwrite replaces it, --out names another folder")
+    if plan["weights"] and Path(plan["weights"]).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--weights {plan['weights']} lies in the run that would be replaced")
+
+
 def plan_of(arguments):
     """What to run and where -> plan, out. A resumed run keeps its own settings, but for a new --steps."""
     if arguments.resume:
@@ -434,17 +455,7 @@ def plan_of(arguments):
         words = [plan["method"], *{plan["model"]} - {"tiny"}, Path(plan["data"]).name, *plan["set"],
                  f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not (out / "config.json").is_file():
-                raise ValueError(f"--out {out} holds something else than a run: choose another folder")
-            if not (arguments.overwrite or (out / "checkpoint.pt").is_file()):
-                raise ValueError(f"{out} holds a run that was stopped before it saved anything: "
-                                 "--overwrite starts it anew, --out names another folder")
-            if not arguments.overwrite:
-                raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
-                                 "--overwrite replaces it, --out names another folder")
-            if plan["weights"] and Path(plan["weights"]).resolve().is_relative_to(out.resolve()):
-                raise ValueError(f"--weights {plan['weights']} lies in the run that would be replaced")
+        check_free(out, plan, arguments.overwrite)
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
     plan.setdefault("steps", LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2])
@@ -543,8 +554,9 @@ def start(out, plan, run, resumed):
     if not resumed:
         for old in [path for pattern in PRODUCTS for path in out.glob(pattern)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-    write(out / "config.json", json.dumps({**plan, "config": provenance(run.config)}, indent=1))
-    print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in provenance(run.config).items()))
+    sources = provenance(run.config, run.module, plan["model"])
+    write(out / "config.json", json.dumps({**plan, "config": sources}, indent=1))
+    print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in sources.items()))
 
 
 def main(argv=None):

@@ -147,6 +147,43 @@ def test_the_teacher_judges_the_students_own_picture_noised_again(toy):
 
 
 @pytest.mark.equation("ADD eq. 4")
+@pytest.mark.equation("ADD eq. 1")
+def test_the_teacher_is_shown_the_students_leap_and_heeded_by_c_of_t(world, monkeypatch):
+    """Not the real picture, and not a picture with a graph; its advice counts c(t) lambda."""
+    model, teacher, critic, batch = world
+    seen, leap = {}, add.leap
+    def watched(*inputs):
+        seen["leap"], *rest = leap(*inputs)
+        return (seen["leap"], *rest)
+    def advice(teacher, x0, cond, config):
+        seen["asked"] = x0
+        return x0 - 1, torch.arange(4.)                      # one off everywhere, c = 0 … 3
+    monkeypatch.setattr(add, "leap", watched)
+    monkeypatch.setattr(add, "advice", advice)
+    terms, _, _ = add.generator_loss(model, teacher, critic, batch, add.Config(space="latent"))
+    assert torch.equal(seen["asked"], seen["leap"].detach()) and not seen["asked"].requires_grad
+    assert terms["distill"].item() == pytest.approx(2.5 * 1.5, rel=1e-4)
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_nfsd_asks_for_the_empty_the_real_and_the_negative_caption(toy):
+    """The toy's noise is its one output u times the length of the caption plus one: empty 1, caption 3,
+    negative 5. Little noise: delta_D = 1 u; much: (1 - 5) u; delta_C = 2 u, 7.5 times."""
+    teacher = toy("eps").requires_grad_(False)
+    x0, config = torch.randn(64, 2, 4, 4, dtype=torch.float64), add.Config(weighting="nfsd", negative="abcd")
+    target, _ = add.advice(teacher, x0, teacher.condition(["ab"] * 64), config)
+    x_t, time, _ = teacher.calls[0]
+    t = (time * teacher.T).round().long()
+    alpha, sigma = teacher.at(t)
+    u = teacher.output(x_t, time, {"scale": torch.ones(64, dtype=torch.float64)})
+    pull = torch.where(t < 200, 1. + 15, -4. + 15).view(-1, 1, 1, 1) * u
+    torch.testing.assert_close(target, x0 - sigma / alpha * pull)
+    calls = len(teacher.calls)
+    add.advice(teacher, x0, teacher.condition(["ab"] * 64), add.Config(weighting="nfsd"))
+    assert len(teacher.calls) == calls + 2                   # without a negative caption no third question
+
+
+@pytest.mark.equation("ADD eq. 4")
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_teacher_that_knows_the_answer_gives_it_in_any_number_of_steps(toy, monkeypatch, steps):
     teacher, times = toy().requires_grad_(False), []
@@ -304,6 +341,24 @@ def test_at_the_last_time_the_real_picture_is_unknown_to_both_branches(world, co
     assert len(shown) == 2 and shown[0] is shown[1]
 
 
+def test_the_student_that_saw_nothing_is_judged_without_the_picture(world):
+    model, teacher, critic, batch = world
+    config = add.Config(condition="image", timed=False, terminal=1.)
+    _, _, known = add.generator_loss(model, teacher, config.critic(critic.features, 128), batch, config)
+    assert known.shape == (4, critic.features.width) and not known.any()
+
+
+def test_r1_counts_gamma(world):
+    critic, batch = world[2].eval(), world[3]
+    known = torch.zeros(4, critic.project[0].in_features)
+    found = []
+    for gamma in (1e-4, 3e-4):
+        torch.manual_seed(0)
+        terms, _, _ = add.discriminator_loss(critic, batch, batch.image, known, add.Config(gamma=gamma))
+        found.append(terms["R1"].item())
+    assert found[1] == pytest.approx(3 * found[0], rel=1e-3) and found[0] > 0
+
+
 # ------------------------------------------------------------------------------------------ the whole step
 
 @pytest.mark.equation("ADD eq. 1")
@@ -381,8 +436,10 @@ def test_batches_of_any_size_work(world, n, condition):
     assert all(v.isfinite() for v in (*terms.values(), *judged.values()))
 
 
-@pytest.mark.parametrize("bad", [{"student_steps": 0}, {"ema": 1.}, {"terminal": 1.5},
-                                 {"lambda_adv": 0., "lambda_distill": 0.}])
-def test_settings_that_make_no_sense_are_a_sentence(bad):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("bad,sentence", [({"student_steps": 0}, "1 or more"),
+                                          ({"ema": 1.}, "ema is below 1"),
+                                          ({"terminal": 1.5}, "terminal is a share"),
+                                          ({"lambda_adv": 0., "lambda_distill": 0.}, "nothing is left")])
+def test_settings_that_make_no_sense_are_a_sentence(bad, sentence):
+    with pytest.raises(ValueError, match=sentence):
         add.Config(**bad)

@@ -1,6 +1,7 @@
 """The ADT algorithm: what starts where, who gets which gradient, and that the adversary alone can teach."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -67,14 +68,17 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
     """What the sampler is handed, recorded: its first time is uniform over the path's steps, its input is
     alpha x_0 + sigma eps of the real picture, and from the last row nothing of the picture is left."""
     model, seen = toy(), []
-    def record(model, x, times, *rest):
+    def record(model, x, times, cond, uncond, guidance, chosen, leak, checkpoint):
         seen.append((x, times))
+        assert len(chosen) == min(3, len(times)) and chosen <= set(range(len(times)))
+        assert (guidance, leak, checkpoint) == (2., .3, True)
         return x
     monkeypatch.setattr(adt.sampler, "rollout", record)
+    Config = partial(adt.Config, path_steps=5, train_steps=3, guidance=2., leak=.3, checkpoint=True)
     real = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
     cond = model.condition(["a"])
     for _ in range(400):
-        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="image"))
+        adt.simulate(model, real, cond, cond, Config(start="image"))
     counts = torch.bincount(torch.tensor([len(times) for _, times in seen]), minlength=6)[1:]
     assert counts.min() > 50 and counts.max() < 115         # 80 expected, five standard deviations either way
     for x, times in seen[:40]:
@@ -83,11 +87,11 @@ def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, 
         assert abs(x.std() - sigma) < .05
     seen.clear()
     for _ in range(60):
-        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="image", starts=2))
+        adt.simulate(model, real, cond, cond, Config(start="image", starts=2))
     assert {len(times) for _, times in seen} == {4, 5}      # the two noisiest of the path
     seen.clear()
     for _ in range(10):
-        adt.simulate(model, real, cond, cond, adt.Config(path_steps=5, start="text"))
+        adt.simulate(model, real, cond, cond, Config(start="text"))
     assert all(len(times) == 5 and abs(x.mean()) < .08 for x, times in seen)
 
 
@@ -95,6 +99,35 @@ def test_lambda_zero_is_plain_diffusion_training(world):
     model, critic, batch = world
     terms, fake, _ = adt.generator_loss(model, None, critic, batch, adt.Config(lambda_adv=0.))
     assert set(terms) == {"diff"} and fake is None
+
+
+def test_dropped_captions_are_empty_ones(world):
+    model, critic, batch = world
+    def loss(captions, share):
+        torch.manual_seed(0)
+        asked = data.Batch(batch.image, captions, batch.truth, batch.named)
+        config = adt.Config(lambda_adv=0., drop_caption=share)
+        with torch.no_grad():
+            return adt.generator_loss(model, None, critic, asked, config)[0]["diff"].item()
+    empty = loss([""] * 4, 0.)
+    assert loss(batch.caption, 1.) == empty != loss(batch.caption, 0.)
+
+
+def test_the_real_picture_may_wear_the_decoders_traces(world):
+    """decode(encode(x_0)) in place of x_0, in both halves, as data."""
+    model, critic, batch = world
+    model = deepcopy(model)
+    plain = model.decode
+    model.decode = lambda z: plain(z) * .5                   # a decoder that fades
+    for real in ("photo", "decoded"):
+        asked, shown = data.Batch(batch.image, batch.caption, batch.truth, batch.named), Recorder(0., 0., 0.)
+        config = adt.Config(path_steps=2, augment=0., real=real)
+        _, fake, known = adt.generator_loss(model, None, shown, asked, config)
+        adt.discriminator_loss(shown, asked, fake, known, config)
+        meant = batch.image * (.5 if real == "decoded" else 1.)
+        for first, _ in shown.pairs:
+            torch.testing.assert_close(first, meant, atol=1e-5, rtol=0)
+            assert not first.requires_grad
 
 
 class Recorder(torch.nn.Module):

@@ -60,6 +60,8 @@ def test_captions_say_what_is_there_and_no_more(glyphs):
             assert (f" {word}" in text) or not named[column]
         assert ("bold" in text) == named[4] and ("italic" in text) == named[5]
         assert glyphs.shapes[truth[0]] in text and set(text.split()) <= set(glyphs.words)
+        inks = set(text.split(" on ")[0].split()) & set(data.COLOURS)
+        assert inks == ({list(data.COLOURS)[truth[1]]} if named[1] else set())
         assert (" on " in text) == named[2]
     assert glyphs.batch(200, g(), "held_out").named[:, 1].all()               # what is unseen is asked for
     assert 0 < (~batch.named[:, 1]).float().mean() < .5      # some captions forget the ink

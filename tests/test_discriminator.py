@@ -206,7 +206,7 @@ def test_the_real_pair_of_relative_only_keeps_verdicts_alike(features):
     """Its two views can change places, so whatever the heads say, its hinge is 1 or more in the mean."""
     torch.manual_seed(0)
     critic = build_critic("relative", features, 16).eval()
-    for scale in (1, 100):                                   # shy heads, and heads that are sure of themselves
+    for scale in (1, 100):                                   # pictures like any, and none like these
         x, y, text = *torch.randn(2, 3, 3, 32, 32) * scale, torch.randn(3, 16)
         both = losses.hinge_real(critic(x, y, text)) + losses.hinge_real(critic(y, x, text))
         assert both >= 2 - 1e-5
@@ -334,3 +334,31 @@ def test_eyes_that_never_learned_differ_from_seed_to_seed_and_from_those_that_di
         seen.append(models.features("tiny", "glyphs", "random")(image)[0][-1])
     assert torch.equal(seen[0], seen[1]) and not torch.allclose(seen[0], seen[2], atol=.1)
     assert not torch.allclose(seen[0], models.features("tiny", "glyphs")(image)[0][-1], atol=.1)
+
+
+def test_cut_out_is_a_square_of_half_the_side_in_the_same_place_for_both(features):
+    draw = discriminator.geometry(64)
+    one, two = ((discriminator.augment(torch.ones(64, 3, 32, 32), draw, 1.) == 0).all(1) for _ in range(2))
+    assert torch.equal(one, two) and .2 < one.float().mean((1, 2)).max() <= .25
+
+
+def test_spectral_norms_follow_their_weights_only_when_told(features):
+    critic = build_critic("projected", features, 16).eval()
+    layer = critic.heads[0].mix
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(torch.rand_like(layer.weight) * 9)
+        before = layer.weight.clone()
+        critic(None, torch.randn(2, 3, 32, 32), torch.randn(2, 16))
+        assert torch.equal(layer.weight, before)             # looking on changes nothing
+        for _ in range(30):
+            discriminator.tighten(critic)
+        assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2) - 1) < 1e-2
+    assert not critic.training
+
+
+def test_all_pooled_is_one_verdict(features):
+    torch.manual_seed(0)
+    layers, one = (build_critic("similarity", features, 16, pool).eval() for pool in ("score", "all"))
+    one.load_state_dict(layers.state_dict())
+    x, y = torch.randn(2, 3, 3, 32, 32)
+    torch.testing.assert_close(one(x, y), layers(x, y).mean(1, keepdim=True))

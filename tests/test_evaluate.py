@@ -40,6 +40,22 @@ def test_precision_and_recall_see_different_failures():
     assert precision < .3 and recall > .8                    # diverse but not faithful
 
 
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """tr sqrt(A B), not tr sqrt(A) sqrt(B), which is the same only where the two commute: A = diag(4, 1),
+    B = [[2.5, 1.5], [1.5, 2.5]]; the eigenvalues of A B add up to 12.5 and multiply to 16."""
+    corners = torch.tensor([[1., 1], [1, -1], [-1, 1], [-1, -1]]) * .75 ** .5  # covariance 1 (n - 1 = 3)
+    a = corners @ torch.diag(torch.tensor([2., 1.]))
+    b = corners @ torch.linalg.cholesky(torch.tensor([[2.5, 1.5], [1.5, 2.5]])).T
+    assert metrics.frechet(a, b) == pytest.approx(10 - 2 * 20.5 ** .5, abs=1e-3)
+    assert metrics.frechet(a, b + 3) == pytest.approx(18 + 10 - 2 * 20.5 ** .5, abs=1e-3)
+
+
+def test_precision_and_recall_count_neighbours():
+    """Nearest neighbour in the same set, on a line. Real reaches: 1 each. Made: 3.1, 3.1, 1.6, 1.6."""
+    real, made = (torch.tensor(v)[:, None] for v in ([0., 1, 10, 11], [1.9, 5, 10.5, 12.1]))
+    assert metrics.precision_recall(real, made, k=1) == (.5, 1.)
+
+
 @pytest.fixture(scope="module")
 def examiner(glyphs):
     return evaluate.Examiner(glyphs, 400)
@@ -76,6 +92,29 @@ def test_gather_reports_mean_and_spread():
     rows = evaluate.gather([("a", {"fd": 1., "steps": 4}), ("a", {"fd": 3., "steps": 4}),
                             ("b", {"fd": 2., "steps": 4})])
     assert rows == [("a, 2 seeds", {"fd": "2 ± 1.4", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
+
+
+def test_a_table_has_the_first_rows_columns():
+    rows = [("a", {"steps": 1, "guidance": 2., "fd": 1.23456}), ("real", {"fd": .5, "more": 1.})]
+    assert evaluate.table(rows) == "| | steps | fd |\n|---|---|---|\n| a | 1 | 1.23 |\n| real |  | 0.5 |"
+
+
+def test_excess_is_what_lies_above_the_floor(examiner, base):
+    found = evaluate.measure(examiner, base, 1)
+    assert found["excess"] == found["fd"] - examiner.floor["fd"] > 0 and found["steps"] == 1
+
+
+def test_a_models_own_shift_holds_unless_another_is_asked_for(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(evaluate, "locate", lambda name, a, dataset: (
+        name, models.build("tiny", "glyphs"), "glyphs", None, [(2, {"shift": 3.})]))
+    def sample(model, captions, steps, shift=1., **how):
+        seen.append(shift)
+        return torch.zeros(8, 3, 4, 4)
+    monkeypatch.setattr(evaluate, "sample", sample)
+    for more in ([], ["--shift", "2"]):
+        evaluate.main(["base", "--prompt", "a red umbrella", "--out", str(tmp_path / "x.png"), *more])
+    assert seen == [3., 2.]
 
 
 def test_few_samples_are_refused(glyphs):

@@ -1,4 +1,4 @@
-"""What goes wrong only with large pictures, half precision, many processes or odd checkpoints, tried small."""
+"""What goes wrong only with large pictures, in half precision, in many processes, or with odd checkpoints."""
 
 import json
 import shutil
@@ -119,10 +119,9 @@ def test_lean_survives_random_weights_and_lora_is_remembered(world, tmp_path):
     assert run.model.network.is_gradient_checkpointing
     from test_latent import command
     out = tmp_path / "first"
-    train.main(command(world, "sd15", "--method", "diffusion", "--lora", "4", "--steps", "1", "--out", str(out)))
-    typed = [*command(world, "sd15", "--method", "diffusion", "--steps", "1", "--out", str(tmp_path / "second")),
-             "--weights", str(out)]
-    train.main(typed)
+    typed = command(world, "sd15", "--method", "diffusion", "--steps", "1")
+    train.main([*typed, "--lora", "4", "--out", str(out)])
+    train.main([*typed, "--weights", str(out), "--out", str(tmp_path / "second")])
     assert json.loads((tmp_path / "second" / "config.json").read_text())["lora"] == 4
     assert models.build("sd15", "", tmp_path / "second", pipelines.SIZE).rank == 4
 

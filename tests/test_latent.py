@@ -386,8 +386,17 @@ def test_what_cannot_be_loaded_is_one_sentence(world, tmp_path, capsys, monkeypa
 def test_config_names_the_source_of_every_preset():
     for method in ("adt", "add"):
         for name in FAMILIES:
-            config = train.settle(method, [], name)
-            assert json.dumps(train.provenance(config)) and config.batch <= 4
+            config, module = train.settle(method, [], name), train.METHODS[method][0]
+            sources = train.provenance(config, module, name)
+            said = {key: note.split(":")[0] for key, (_, note) in sources.items()}
+            assert set(said.values()) <= {"paper", "secondary", "ours"} and config.batch <= 4
+            if method == "add":
+                assert said["gamma"] == said["last"] == "paper" and said["lr"] == "ours"
+            else:
+                assert said["guidance"] == said["clip"] == "secondary" and said["start"] == "paper"
+                assert said["lr"] == ("ours" if name == "sd3" else "secondary") and said["ema"] == "ours"
+    changed = train.settle("add", ["gamma=1e-3"], "sd15")
+    assert train.provenance(changed, add, "sd15")["gamma"][1].startswith("ours")
 
 
 # -------------------------------------------------------------------------------------------------- measuring

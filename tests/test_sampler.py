@@ -185,6 +185,8 @@ def test_timeline_falls_from_the_noisiest_time(shift):
         assert len(times) == steps and times[0] == 999 and times[-1] >= 0 and (times.diff() <= 0).all()
     with pytest.raises(ValueError, match="1 to 1000"):
         sampler.timeline(1000, 0)
+    assert sampler.timeline(1000, 4).tolist() == [999, 749, 499, 249]
+    assert sampler.timeline(1000, 4, 3.).tolist() == [999, 899, 749, 499]     # u -> 3 u / (1 + 2 u)
 
 
 def test_few_step_sees_what_an_add_student_is_trained_on(toy):

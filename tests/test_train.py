@@ -59,6 +59,40 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
     assert all(torch.equal(v, text[n]) for n, v in run.model.text.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["adt", "add"])
+def test_each_half_starts_and_ends_with_its_own_gradients_alone(method):
+    """When D's half begins, D holds nothing of the generator's; when it ends, the generator's are what they
+    were."""
+    small = SMALL if method == "add" else QUICK
+    _, _, run, _ = train.prepare(train.parse(["--method", method, *small, "--steps", "2"])[1])
+    judge, looks = run.judge, []
+    def look(*half):
+        assert not any(w.grad is not None and w.grad.any() for w in run.critic_weights)
+        held = [w.grad.clone() for w in run.weights]
+        seen = judge(*half)
+        assert all(torch.equal(a, w.grad) for a, w in zip(held, run.weights))
+        looks.append(any(w.grad is not None and w.grad.any() for w in run.critic_weights))
+        return seen
+    run.judge = look
+    run.step(), run.step()
+    assert looks == [True, True]
+
+
+def test_the_average_and_the_rates_follow_their_schedules():
+    _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "4"])[1])
+    average = [w.detach().clone() for w in run.weights]
+    for decay, lr in ((1 / 10, 1e-4), (2 / 11, 7.5e-5)):     # young averages forget; the rate falls to zero
+        run.step()
+        average = [decay * a + (1 - decay) * w.detach() for a, w in zip(average, run.weights)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.average, average))
+        assert run.opt_g.param_groups[0]["lr"] == pytest.approx(lr)
+        assert run.opt_d.param_groups[0]["lr"] == pytest.approx(50 * lr)
+    before = [w.detach().clone() for w in run.weights]
+    with run.averaged():
+        assert all(torch.allclose(w, a, atol=1e-6) for w, a in zip(run.weights, average))
+    assert all(torch.equal(w, b) for w, b in zip(run.weights, before))
+
+
 def test_a_discriminator_in_warm_up_learns_and_does_not_teach():
     _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "4"])[1])
     weights = [[p.detach().clone() for p in group] for group in (run.weights, run.critic_weights)]
