@@ -466,6 +466,22 @@ def plan_of(arguments):
     return plan, out
 
 
+def resume(run, out):
+    """Bring a run to where its checkpoint in `out` was written; ValueError if it cannot be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # torch has opinions on strangers' pickles
+            run.restore(torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu",
+                                   mmap=torch.cuda.is_available()))          # many processes, one copy
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
+            pickle.UnpicklingError) as error:
+        alien = isinstance(error, pickle.UnpicklingError)
+        why = "it holds more than tensors" if alien else str(error).split("\n")[0][:80]
+        raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None
+    if run.done > run.steps:
+        raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
+
+
 def prepare(arguments):
     """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
     plan, out = plan_of(arguments)
@@ -510,18 +526,7 @@ def prepare(arguments):
     run = Run(model, base, critic.to(parallel.device()), METHODS[plan["method"]][0], config, source,
               plan["steps"], plan["seed"], arguments.on_nan == "skip")
     if arguments.resume:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")              # torch has opinions on strangers' pickles
-                state = torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu", mmap=True)
-            run.restore(state)
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
-                pickle.UnpicklingError) as error:
-            alien = isinstance(error, pickle.UnpicklingError)
-            why = "it holds more than tensors" if alien else str(error).split("\n")[0][:80]
-            raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None
-        if run.done > run.steps:
-            raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
+        resume(run, out)
     n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
     if n > most and n == SAMPLES:
         n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
