@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ import models
 import parallel
 import preference
 import sampler
-
+from denoiser import Denoiser
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
 PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "features": str | None,
@@ -199,19 +200,27 @@ def curves(log, path):
 
 # ------------------------------------------------------------------------------------------ the command line
 
+class Found(NamedTuple):
+    """A model that the command line names."""
+    group: str                                               # runs that differ by seed alone share one
+    model: Denoiser
+    data: str
+    judge: str | None                                        # the folder of its judge, if not the shipped
+    rows: list                                               # [(steps, sampler settings)] it was made for
+
+
 def locate(name, a, dataset):
-    """A shipped model's name, a run folder or a weights file -> (group, denoiser, data set, weights folder of
-    its judge, [(steps, sampler settings)] it was made for). Runs that differ by seed alone share a group."""
+    """A shipped model's name, a run folder or a weights file -> what was found there."""
     path = Path(name)
     if name == "base" and a.model != "tiny":
         model = models.build(a.model, dataset, a.weights, a.size)
-        return name, model, dataset, None, [(10, {"guidance": 5.}), (50, {"guidance": 5.})]
+        return Found(name, model, dataset, None, [(10, {"guidance": 5.}), (50, {"guidance": 5.})])
     if name in SHIPPED:
         path = models.find(SHIPPED[name], Path(dataset).name)
         if not path.is_file():
             raise FileNotFoundError(f"no '{name}' is shipped for the data set '{dataset}'")
         model = models.build("tiny", dataset, path, a.size)
-        return name, model, dataset, None, ways(model.facts.get("rows"), path)
+        return Found(name, model, dataset, None, ways(model.facts.get("rows"), path))
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
                                 "found nothing there")
@@ -223,7 +232,7 @@ def locate(name, a, dataset):
     group = " ".join([plan["method"], *plan["set"], f"({plan['steps']} steps)",
                       *([f"from {plan['weights']}"] if plan["weights"] else [])]) if plan else str(path)
     rows = ways(model.facts.get("rows") or plan.get("rows"), path)
-    return group, model, dataset, None if model.heavy else plan.get("weights"), rows
+    return Found(group, model, dataset, None if model.heavy else plan.get("weights"), rows)
 
 
 def ways(rows, path):
@@ -315,14 +324,14 @@ def parse(argv=None):
 
 
 def find(a, names):
-    """Models by name, all of one data set -> what `locate` says of each. The shipped ones follow the others'
+    """Models by name, all of one data set -> a Found of each. The shipped ones follow the others'
     data set, or --data, or are of glyphs."""
     located = {name: locate(name, a, a.data) for name in names if name not in SHIPPED}
-    dataset = next((one[2] for one in located.values()), a.data or "glyphs")
+    dataset = next((one.data for one in located.values()), a.data or "glyphs")
     names = names or [name for name in SHIPPED
                       if name == "base" or models.find(SHIPPED[name], Path(dataset).name).is_file()]
     found = [located.get(name) or locate(name, a, dataset) for name in dict.fromkeys(names)]
-    if len({Path(dataset).name for _, _, dataset, *_ in found}) > 1:
+    if len({Path(one.data).name for one in found}) > 1:
         raise ValueError("these models belong to different data sets; measure them one data set at a time")
     return found
 
@@ -342,24 +351,25 @@ def players_of(a):
     """What the command line asks for, checked -> [(label, model, steps, sampler settings)], examiner or None,
     captions of the picture."""
     chosen, found = check(a), find(a, a.models)
-    players = [(group, model, steps, {**settings, **chosen}) for group, model, _, _, rows in found
-               for steps, settings in ([(int(n), rows[0][1]) for n in a.steps.split(",")] if a.steps
-                                       else rows)]
+    players = [(one.group, one.model, steps, {**settings, **chosen}) for one in found
+               for steps, settings in ([(int(n), one.rows[0][1]) for n in a.steps.split(",")] if a.steps
+                                       else one.rows)]
     for _, model, steps, settings in players:
         sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
-    _, model, dataset, weights, _ = found[0]
+    first, heavy = found[0], found[0].model.heavy
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None
     if a.prompt is None:
-        source = data.build(dataset, model.size)
+        source = data.build(first.data, first.model.size)
         captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-    if a.prompt is None and not model.heavy:
-        examiner = Examiner(source, a.samples, split=a.split, weights=weights)
+    if a.prompt is None and not heavy:
+        examiner = Examiner(source, a.samples, split=a.split, weights=first.judge)
     elif a.prompt is None and judges:
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
-    for _, one, *_ in found:                                 # all that will be asked; the encoders may go
-        one.to(parallel.device()).condition(["", *captions, *(examiner.asked.caption if examiner else [])])
-        one.close()
+    asked = ["", *captions, *(examiner.asked.caption if examiner else [])]
+    for one in found:                                        # all that will be asked; the encoders may go
+        one.model.to(parallel.device()).condition(asked)
+        one.model.close()
     return players, examiner, captions
 
 
@@ -368,16 +378,16 @@ def ask(a):
     chosen, captions = check(a), preference.prompts(a.prompts)
     known = dict(zip(dict.fromkeys(a.study), find(a, a.study)))        # they may be one, in other steps
     found = [known[name] for name in a.study]
-    steps = [int(n) for n in a.steps.split(",")] if a.steps else [rows[0][0] for *_, rows in found]
+    steps = [int(n) for n in a.steps.split(",")] if a.steps else [one.rows[0][0] for one in found]
     if len(steps) != 2:
         raise ValueError(f"--steps {a.steps}: --study wants two numbers, one for each model")
     names, pictures = [], []
-    for n, (group, model, *_, rows) in zip(steps, found):
-        settings = {**rows[0][1], **chosen}
-        sampler.timeline(model.T, n, settings.get("shift", 1.), settings.get("last", 1.))
-        model.to(parallel.device()).condition(captions)
-        names.append(f"{group}, {in_steps(n)}")
-        pictures.append(sample(model, captions, n, seed=a.seed, **settings))
+    for n, one in zip(steps, found):
+        settings = {**one.rows[0][1], **chosen}
+        sampler.timeline(one.model.T, n, settings.get("shift", 1.), settings.get("last", 1.))
+        one.model.to(parallel.device()).condition(captions)
+        names.append(f"{one.group}, {in_steps(n)}")
+        pictures.append(sample(one.model, captions, n, seed=a.seed, **settings))
     out = Path(a.out).with_suffix(".html")
     out.write_text(preference.page(names, captions, pictures), encoding="utf-8")
     return out

@@ -106,7 +106,7 @@ def test_excess_is_what_lies_above_the_floor(examiner, base):
 
 def test_a_models_own_shift_holds_unless_another_is_asked_for(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(evaluate, "locate", lambda name, a, dataset: (
+    monkeypatch.setattr(evaluate, "locate", lambda name, a, dataset: evaluate.Found(
         name, models.build("tiny", "glyphs"), "glyphs", None, [(2, {"shift": 3.})]))
     def sample(model, captions, steps, shift=1., **how):
         seen.append(shift)
