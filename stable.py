@@ -103,6 +103,14 @@ class Latent(Denoiser):
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                             target_modules=attention))
 
+    def halve(self):
+        """The frozen weights of linear layers and convolutions, nearly all there are, in bf16, as autocast
+        reads them anyhow. Not the last layer's, and nothing that learns."""
+        for module in self.network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and type(module).__name__ != "Exact":
+                for weight in module.parameters(recurse=False):
+                    weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+
     def save_memory(self):
         self.network.enable_gradient_checkpointing()
 

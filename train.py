@@ -512,6 +512,8 @@ def prepare(arguments):
     if plan["lora"]:
         model.adapt(plan["lora"])
     plan["lora"] = model.rank                                # it may have come with adapters
+    if plan["lora"] and parallel.device().type == "cuda" and not plan["shard"]:
+        model.halve()
     base = model.twin()                                      # on the processor while nobody asks it
     if config.init == "random":
         model.forget()

@@ -46,6 +46,25 @@ def test_the_last_layer_is_exact_under_autocast(world, name, rank):
             assert not torch.allclose(before, model.predict(x, t, cond))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_weights_in_half_the_memory_say_the_same(world, name):
+    """Under autocast, to the last bit; adapters and the last layer keep their precision, and still learn."""
+    plain, model = build(world, name, 2), build(world, name, 2)
+    before = sum(w.nbytes for w in model.network.parameters())
+    model.halve()
+    assert sum(w.nbytes for w in model.network.parameters()) < .7 * before
+    assert all(w.dtype == torch.float32 for w in model.network.parameters() if w.requires_grad)
+    x, t, found = torch.randn(2, *model.shape), torch.tensor([900, 30]), []
+    for one in (plain, model):
+        with bf16:
+            y = one.predict(x, t, one.condition(CAPTIONS))
+        slopes = torch.autograd.grad(y.square().mean(), [w for w in one.network.parameters() if w.requires_grad])
+        found.append([y, *slopes])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with bf16, torch.no_grad():                              # the teacher is the same network, adapters off
+        assert torch.equal(*(one.twin().predict(x, t, one.condition(CAPTIONS)) for one in (plain, model)))
+
+
 def test_logits_are_exact_under_autocast(base):
     eyes = discriminator.Features(models.features("tiny", "glyphs"))
     critic = discriminator.Projected(eyes, 16).eval()
