@@ -58,8 +58,8 @@ def test_frozen_weights_in_half_the_memory_say_the_same(world, name):
     for one in (plain, model):
         with bf16:
             y = one.predict(x, t, one.condition(CAPTIONS))
-        slopes = torch.autograd.grad(y.square().mean(), [w for w in one.network.parameters() if w.requires_grad])
-        found.append([y, *slopes])
+        learn = [w for w in one.network.parameters() if w.requires_grad]
+        found.append([y, *torch.autograd.grad(y.square().mean(), learn)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     with bf16, torch.no_grad():                              # the teacher is the same network, adapters off
         assert torch.equal(*(one.twin().predict(x, t, one.condition(CAPTIONS)) for one in (plain, model)))
