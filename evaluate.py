@@ -142,8 +142,13 @@ def table(rows):
 def markdown(columns, rows):
     """Names of columns, rows of cells -> a Markdown table."""
     lines = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in row)
+    return "\n".join(lines + ["| " + " | ".join(digits(c) if isinstance(c, float) else str(c) for c in row)
                               + " |" for row in rows])
+
+
+def digits(x, n=3):
+    """A number with so many digits that count: 1.60, 0.0732, 37.5, 1234."""
+    return f"{x:#.{n}g}".rstrip(".") if abs(x) < 10 ** n else f"{x:.0f}"
 
 
 def in_steps(n):
@@ -272,7 +277,7 @@ def gather(rows):
         for key, value in figures.items():
             if len(many) > 1 and isinstance(value, float):
                 values = torch.tensor([m[key] for m in many])
-                figures[key] = f"{values.mean():.3g} ± {values.std():.2g}"
+                figures[key] = f"{digits(values.mean())} ± {digits(values.std(), 2)}"
         gathered.append((name if len(many) == 1 else f"{name}, {len(many)} seeds", figures))
     return gathered
 

@@ -91,12 +91,12 @@ def test_sampling_is_deterministic_and_independent_of_chunks(base, monkeypatch):
 def test_gather_reports_mean_and_spread():
     rows = evaluate.gather([("a", {"fd": 1., "steps": 4}), ("a", {"fd": 3., "steps": 4}),
                             ("b", {"fd": 2., "steps": 4})])
-    assert rows == [("a, 2 seeds", {"fd": "2 ± 1.4", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
+    assert rows == [("a, 2 seeds", {"fd": "2.00 ± 1.4", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
 
 
 def test_a_table_has_the_first_rows_columns():
     rows = [("a", {"steps": 1, "guidance": 2., "fd": 1.23456}), ("real", {"fd": .5, "more": 1.})]
-    assert evaluate.table(rows) == "| | steps | fd |\n|---|---|---|\n| a | 1 | 1.23 |\n| real |  | 0.5 |"
+    assert evaluate.table(rows) == "| | steps | fd |\n|---|---|---|\n| a | 1 | 1.23 |\n| real |  | 0.500 |"
 
 
 def test_excess_is_what_lies_above_the_floor(examiner, base):
