@@ -148,7 +148,7 @@ def markdown(columns, rows):
 
 def digits(x, n=3):
     """A number with so many digits that count: 1.60, 0.0732, 37.5, 1234."""
-    return f"{x:#.{n}g}".rstrip(".") if abs(x) < 10 ** n else f"{x:.0f}"
+    return f"{x:#.{n}g}".rstrip(".") if round(abs(float(x))) < 10 ** n else f"{x:.0f}"
 
 
 def in_steps(n):
