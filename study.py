@@ -70,7 +70,7 @@ TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
 
 STUDIES = {
     "adt": Study([
-        Row("diffusion loss alone, as many minutes", method="diffusion", steps=2050),
+        Row("diffusion loss alone, 2,050 steps", method="diffusion", steps=2050),
         Row("ADT, siamese"),
         Row("ADT, siamese, three times as long", steps=900)],
         base=[*TEN, *OTHER_PATHS, (50, {}), (50, {"guidance": 2.})], at=TEN, also=OTHER_PATHS, seeds=3),
