@@ -175,6 +175,8 @@ def main(argv=None):
     nothing = {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}
     lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
              for label, figures in [*lines, ("real pictures", nothing)]]
+    lines = [(label, {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()})
+             for label, figures in lines]                    # what counts, whatever the number of threads
     text = evaluate.table(evaluate.gather(lines))
     train.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
     train.write(folder / f"{a.study}-{source.name}.md", text + "\n")
