@@ -191,9 +191,11 @@ def check_split(split, known):
         raise ValueError(f"this data set has the splits {', '.join(known)}; '{split}' is none of them")
 
 
-def draw_rows(size, n, generator):
-    """n different row numbers, or, where there are fewer, some of them again."""
-    return torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-n // size))])[:n]
+def draw_rows(size, generator):
+    """Row numbers without end, every one before any comes again."""
+    while True:
+        for some in torch.randperm(size, generator=generator).split(256):     # few of them will be asked for
+            yield from some.tolist()
 
 
 # ----------------------------------------------------------------------------------------------- fashion
@@ -258,7 +260,7 @@ class Fashion:
     def batch(self, n, generator=None, split="train"):
         """n different pictures of the split (the same picture may return in another batch)."""
         check_split(split, self.sizes)
-        rows = draw_rows(self.sizes[split], n, generator)
+        rows = torch.tensor(list(islice(draw_rows(self.sizes[split], generator), n)))
         image = self.images[split][rows, None].float() / 127.5 - 1
         label = self.labels[split][rows]
         caption = [self.phrases[k] for k in label.tolist()]
@@ -383,18 +385,11 @@ class Folder:
             return None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), frame
 
-    def order(self, split, generator):
-        """Row numbers without end, every one before any comes again."""
-        while True:
-            for row in torch.randperm(self.sizes[split], generator=generator).tolist():
-                if row not in self.broken:
-                    yield row
-
     def batch(self, n, generator=None, split="train"):
         """n different pictures while there are so many; every split is the whole folder."""
         check_split(split, self.sizes)
-        order, found = self.order(split, generator), []
-        look = self.kept.__getitem__ if self.kept else self.read
+        order = (row for row in draw_rows(self.sizes[split], generator) if row not in self.broken)
+        look, found = self.kept.__getitem__ if self.kept else self.read, []
         while len(found) < n:                                # one was broken: the next one steps in
             rows = list(islice(order, n - len(found)))
             found += [(row, *seen) for row, seen in zip(rows, self.readers.map(look, rows)) if seen]

@@ -55,6 +55,11 @@ def draw(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fres
         yield picture.clamp(-1, 1).float().cpu()
 
 
+def stops(model, steps, settings):
+    """The times at which `draw` will stop; ValueError if it cannot be sampled so."""
+    return sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
+
+
 def sample(model, captions, steps, **how):
     """All pictures of `draw` -> (B, 3, H, W)."""
     return torch.cat(list(draw(model, captions, steps, **how)))
@@ -360,14 +365,14 @@ def players_of(a):
                for steps, settings in ([(int(n), one.rows[0][1]) for n in a.steps.split(",")] if a.steps
                                        else one.rows)]
     for _, model, steps, settings in players:
-        sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
-    first, heavy = found[0], found[0].model.heavy
+        stops(model, steps, settings)
+    first = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None
     if a.prompt is None:
         source = data.build(first.data, first.model.size)
         captions = source.batch(16, torch.Generator().manual_seed(7), a.split).caption
-    if a.prompt is None and not heavy:
+    if a.prompt is None and not first.model.heavy:
         examiner = Examiner(source, a.samples, split=a.split, weights=first.judge)
     elif a.prompt is None and judges:
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
@@ -389,7 +394,7 @@ def ask(a):
     names, pictures = [], []
     for n, one in zip(steps, found):
         settings = {**one.rows[0][1], **chosen}
-        sampler.timeline(one.model.T, n, settings.get("shift", 1.), settings.get("last", 1.))
+        stops(one.model, n, settings)
         one.model.to(parallel.device()).condition(captions)
         names.append(f"{one.group}, {in_steps(n)}")
         pictures.append(sample(one.model, captions, n, seed=a.seed, **settings))

@@ -62,7 +62,7 @@ class Latent(Denoiser):
         self.shape = (self.vae.config.latent_channels, size // scale, size // scale)
         self.requires_grad_(False)
         self.network.requires_grad_(True)
-        exact(self.network.conv_out if self.part == "unet" else self.network.proj_out)
+        exact(self.last)
         self.wake(parallel.device())
         with torch.no_grad():                                # the encoders' own fingerprint names their shelf
             said = self.ask(["a fingerprint"])["text"].float().cpu().numpy().tobytes()
@@ -70,6 +70,11 @@ class Latent(Denoiser):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         self.cache = home / "adversarial-diffusion" / hashlib.sha256(said).hexdigest()[:16]
         self.cache.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def last(self):
+        """The network's last layer."""
+        return self.network.conv_out if self.part == "unet" else self.network.proj_out
 
     def wake(self, device):
         """Bring the text encoders there."""
@@ -107,7 +112,7 @@ class Latent(Denoiser):
         """The frozen weights of linear layers and convolutions, nearly all there are, in bf16, as autocast
         reads them anyhow. Not the last layer's, and nothing that learns."""
         for module in self.network.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and type(module).__name__ != "Exact":
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not self.last:
                 for weight in module.parameters(recurse=False):
                     weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
 
@@ -187,7 +192,7 @@ class Latent(Denoiser):
         if self.rank:
             raise ValueError("init=random and --lora exclude each other: adapters on nothing learn nothing")
         self.network = type(self.network).from_config(self.network.config)
-        exact(self.network.conv_out if self.part == "unet" else self.network.proj_out)
+        exact(self.last)
 
     def close(self):
         self.outside.clear()                                 # the text encoders; what they read stays

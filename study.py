@@ -125,14 +125,15 @@ def measured(cache, examiner, ways, opened):
     known yet is left out."""
     known, model = json.loads(cache.read_text()) if cache.is_file() else {}, None
     for steps, settings in ways:
-        key = f"{name(steps, settings)} ({len(examiner.asked.caption)} pictures)"
+        way = name(steps, settings)
+        key = f"{way} ({len(examiner.asked.caption)} pictures)"
         if key not in known:
             if opened is None:
                 continue
             model, beside = (model, beside) if model else opened()
             known[key] = {**evaluate.measure(examiner, model, steps, **settings), **beside}
             train.write(cache, json.dumps(known, indent=1) + "\n")
-        yield name(steps, settings), known[key]
+        yield way, known[key]
 
 
 def parse(argv=None):

@@ -33,7 +33,6 @@ import discriminator
 import evaluate
 import models
 import parallel
-import sampler
 
 # name: the module, the settings that make the method, the default length of a run
 METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 600), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
@@ -495,7 +494,7 @@ def prepare(arguments):
     model = models.build(plan["model"], source.name, plan["weights"], plan["size"])
     config.path(model.T)
     for _, steps, settings in config.rows():
-        sampler.timeline(model.T, steps, last=settings.get("last", 1.))
+        evaluate.stops(model, steps, settings)
     said = ["", getattr(config, "negative", ""), *source.phrases]
     with torch.no_grad():                                    # whatever the data can say must be understood
         for i in tqdm(range(0, len(said), 64), "captions", disable=len(said) < 5000):

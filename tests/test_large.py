@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import DDIMScheduler
-from test_latent import CAPTIONS, FAMILIES, build, prepared, shelf, world  # noqa: F401
+from test_latent import CAPTIONS, FAMILIES, build, command, prepared, shelf, world  # noqa: F401
 
 import discriminator
 import models
@@ -65,7 +65,7 @@ def test_frozen_weights_in_half_the_memory_say_the_same(world, name):
         assert torch.equal(*(one.twin().predict(x, t, one.condition(CAPTIONS)) for one in (plain, model)))
 
 
-def test_logits_are_exact_under_autocast(base):
+def test_logits_are_exact_under_autocast():
     eyes = discriminator.Features(models.features("tiny", "glyphs"))
     critic = discriminator.Projected(eyes, 16).eval()
     with torch.no_grad(), bf16:
@@ -74,8 +74,7 @@ def test_logits_are_exact_under_autocast(base):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_text_encoders_in_half_precision_give_full_precision(tmp_path, name, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shelf"))
+def test_text_encoders_in_half_precision_give_full_precision(tmp_path, name):
     model = models.build(name, "", pipelines.make(name, tmp_path), pipelines.SIZE)
     for part, module in model.outside[0].components.items():
         if part.startswith("text_encoder"):
@@ -86,9 +85,8 @@ def test_text_encoders_in_half_precision_give_full_precision(tmp_path, name, mon
     assert all(value.dtype == torch.float32 for value in cond.values()) and y.isfinite().all()
 
 
-def test_a_censor_that_is_not_there_is_not_missed(tmp_path, monkeypatch):
+def test_a_censor_that_is_not_there_is_not_missed(tmp_path):
     """The public Stable Diffusion 1.5 names a safety checker; a folder without it trains, and is kept."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shelf"))
     home = pipelines.make("sd15", tmp_path)
     index = json.loads((home / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -99,8 +97,7 @@ def test_a_censor_that_is_not_there_is_not_missed(tmp_path, monkeypatch):
     assert models.build("sd15", "", tmp_path / "pipeline", pipelines.SIZE).T == 1000
 
 
-def test_a_folder_in_half_precision_alone_is_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shelf"))
+def test_a_folder_in_half_precision_alone_is_read(tmp_path):
     home = pipelines.make("sd15", tmp_path)
     plain = models.build("sd15", "", home, pipelines.SIZE)
     for path in list(home.glob("*/*.safetensors")):
@@ -110,8 +107,7 @@ def test_a_folder_in_half_precision_alone_is_read(tmp_path, monkeypatch):
     model.keep(tmp_path, steps=1, rows=[(10, {})])
 
 
-def test_a_student_of_a_schedule_with_pure_noise_keeps_that_schedule(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "shelf"))
+def test_a_student_of_a_schedule_with_pure_noise_keeps_that_schedule(tmp_path):
     home = pipelines.make("sd15", tmp_path, "v_prediction")
     DDIMScheduler(**pipelines.BETAS, prediction_type="v_prediction",
                   rescale_betas_zero_snr=True).save_pretrained(home / "scheduler")
@@ -136,7 +132,6 @@ def test_the_teacher_leaves_the_adapters_on_whatever_happens(world):
 def test_lean_survives_random_weights_and_lora_is_remembered(world, tmp_path):
     run = prepared(world, "sd15", "adt", tmp_path / "a", "--lean", "--set", "init=random")
     assert run.model.network.is_gradient_checkpointing
-    from test_latent import command
     out = tmp_path / "first"
     typed = command(world, "sd15", "--method", "diffusion", "--steps", "1")
     train.main([*typed, "--lora", "4", "--out", str(out)])
@@ -146,7 +141,6 @@ def test_lean_survives_random_weights_and_lora_is_remembered(world, tmp_path):
 
 
 def test_a_finished_run_that_lost_its_result_makes_it_again(world, tmp_path):
-    from test_latent import command
     out = tmp_path / "run"
     train.main(command(world, "sd15", "--method", "diffusion", "--steps", "1", "--out", str(out)))
     shutil.rmtree(out / "pipeline")
