@@ -122,19 +122,20 @@ def pair(real, other, config):
 
 
 def generator_loss(model, teacher, critic, batch, config):
-    """-> {term: weighted loss}, the generated picture (B, 3, H, W) with its graph or None, and the captions'
-    vectors (B, P). The teacher is ADD's; ADT learns from pictures alone."""
+    """-> {term: weighted loss}, the generated picture (B, 3, H, W) with its graph, and the captions' vectors
+    (B, P); None for both without an adversary. The teacher is ADD's; ADT learns from pictures alone."""
     keep = torch.rand(len(batch.caption)) >= config.drop_caption
     with torch.no_grad():                                    # encoders are frozen; only the network learns
         x0 = model.encode(batch.image)
-        cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
         dropped = model.condition([c if k else "" for c, k in zip(batch.caption, keep)], batch.frame)
-        if config.real == "decoded" and config.lambda_adv:
-            batch.image = model.decode(x0)                   # from here on, in both halves
     t = losses.sample_times(len(x0), model.T, config.times).to(x0.device)
     diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
     if config.lambda_adv == 0:
-        return {"diff": config.lambda_diff * diff}, None, cond["pooled"]
+        return {"diff": config.lambda_diff * diff}, None, None
+    with torch.no_grad():
+        cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
+        if config.real == "decoded":
+            batch.image = model.decode(x0)                   # from here on, in both halves
     x0_hat = simulate(model, x0, cond, uncond, config, batch.luck)
     fake = discriminator.visible(model.decode(x0_hat))                                       # with gradient
     adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))

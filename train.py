@@ -118,10 +118,10 @@ class Run:
         self.weights = [w for w in model.network.parameters() if w.requires_grad]
         self.average = [w.detach().clone() for w in self.weights]
         self.critic_weights = list(critic.parameters())
-        self.opt_g = torch.optim.AdamW(self.weights, config.lr, betas=(config.beta1, .999), weight_decay=0.,
-                                       fused=self.weights[0].is_cuda)         # no copies of all the weights
-        self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, betas=(config.beta1_d, .99),
-                                       weight_decay=0.)
+        self.opt_g, self.opt_d = (                           # fused: one pass over the weights, no copies
+            torch.optim.AdamW(weights, lr, betas=(beta1, beta2), weight_decay=0., fused=True)
+            for weights, lr, beta1, beta2 in ((self.weights, config.lr, config.beta1, .999),
+                                              (self.critic_weights, config.lr_d, config.beta1_d, .99)))
 
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
