@@ -193,7 +193,7 @@ def discriminator_loss(critic, batch, fake, known, config):
     real, made = critic.score(maps, known), critic(None, augmented(fake.detach(), config), known)
     terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3, the hinges
     if config.gamma and config.share_r1:
-        few = slice(math.ceil(config.share_r1 * len(made)))                   # the batch is in no order
+        few = slice(math.ceil(config.share_r1 * len(fake)))                   # the batch is in no order
         maps = [f[few].detach().requires_grad_() for f in maps]
         logits = critic.score(maps, None if known is None else known[few])
         terms["R1"] = config.gamma * losses.r1(logits, maps)                  # ADD eq. 3, R1

@@ -91,7 +91,7 @@ def alone(run, name, n, graph):
                 seen = run.critic.features(batch.image.clone().requires_grad_(graph))
                 y = torch.cat([f.flatten() for f in seen])
             else:
-                y = run.critic.score(maps, known)
+                y = torch.cat(run.critic.score(maps, known), 1)
         if graph:
             run.opt_g.zero_grad(), run.opt_d.zero_grad()
             y.float().square().mean().backward()

@@ -106,7 +106,7 @@ class Head(nn.Module):
 
 
 class Siamese(nn.Module):
-    """ADT's discriminator: one head per layer, the same for both pictures. D(real, other) -> logits (B, L).
+    """ADT's discriminator, the same heads for both pictures: D(real, other) -> logits, one (B, N) per head.
 
     The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
@@ -142,7 +142,7 @@ class Siamese(nn.Module):
         return self.compare[i]((x - y).abs()).squeeze(-1).float()
 
     def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text unseen -> (B, tokens of all layers); pooled: (B, layers), (B, 1)."""
+        """real, other (B, 3, H, W); text unseen -> per head (B, N), pooled (B, 1); `all`: one (B, 1)."""
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
         logits = []
@@ -152,8 +152,7 @@ class Siamese(nn.Module):
                 x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
             score = self.compare_tokens(i, x, y)
             logits.append(score.mean(1, keepdim=True) if self.pool in ("score", "all") else score)
-        logits = torch.cat(logits, 1)
-        return logits.mean(1, keepdim=True) if self.pool == "all" else logits
+        return [torch.cat(logits, 1).mean(1, keepdim=True)] if self.pool == "all" else logits
 
 
 class Projected(nn.Module):
@@ -171,7 +170,7 @@ class Projected(nn.Module):
             nn.init.normal_(project.bias)                    # at first the judgement hardly depends on c
 
     def score(self, maps, known=None):
-        """One (B, D, h, w) per layer -> logits (B, tokens of all layers)."""
+        """One (B, D, h, w) per layer -> logits, one (B, N) per layer."""
         seen = [head(x) for head, x in zip(self.heads, maps)]
         if self.project:
             # to length 8: shorter, it takes hundreds of steps to be heard; longer, a step of W is many of W c
@@ -179,17 +178,17 @@ class Projected(nn.Module):
             with torch.autocast(known.device.type, enabled=False):            # verdicts are not for bf16
                 seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
                         for x, w in zip(seen, self.project)]
-        return torch.cat(seen, 1).squeeze(-1)
+        return [x.squeeze(-1) for x in seen]
 
     def forward(self, real, other, known=None):
-        """real, other (B, 3, H, W), known (B, C) -> (B, tokens of all layers). Unless relative, real is None
-        or not looked at."""
+        """real, other (B, 3, H, W), known (B, C) -> one (B, N) per layer. Unless relative, real is None or
+        not looked at."""
         logits = self.score(self.features(other), known)
         if not self.relative:
             return logits
         with torch.no_grad():
             real = self.features(real)                       # the reference is data: no graph here
-        return logits - self.score(real, known)              # ADT comparison: v(y | c) - v(x | c)
+        return [y - x for y, x in zip(logits, self.score(real, known))]       # ADT comparison: v(y) - v(x)
 
 
 def tighten(critic):

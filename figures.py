@@ -177,12 +177,10 @@ def attention():
         optimiser.zero_grad()
         (losses.hinge_real(real) + losses.hinge_fake(made)).backward()
         optimiser.step()
-    coarse = min(h for _, h, _ in eyes.shapes)
-    sides = [h // 2 if h > coarse else h for _, h, _ in eyes.shapes]
     shown = torch.cat([batch.image[:12], fakes[:12]])
     with torch.no_grad():
-        tokens = critic(None, shown, cond[:12].repeat(2, 1)).split([side ** 2 for side in sides], 1)
-    verdict = sum(F.interpolate(one.view(24, 1, side, side), 32) for one, side in zip(tokens, sides))
+        verdicts = critic(None, shown, cond[:12].repeat(2, 1))                # one (24, N) per head
+    verdict = sum(F.interpolate(d.view(24, 1, int(d.shape[1] ** .5), -1), 32) for d in verdicts)
     verdict = (verdict / verdict.abs().quantile(.95)).clamp(-1, 1)
     heat = 1 - 2 * torch.cat([verdict.clamp(min=0), verdict.abs(), -verdict.clamp(max=0)], 1)
     rows = [("real", shown[:12]), ("its verdict", heat[:12]),

@@ -2,7 +2,7 @@
 
 Both papers play the same game: the generator keeps a regression loss that anchors it, and adds an adversarial
 loss that tells it what regression cannot. Signs: D is high on real, low on fake. The papers' sum over heads
-is a mean over the tokens of all heads here: lambda then depends on neither their number nor their size.
+is a mean here, each head's own a mean over its tokens: lambda then depends on neither number nor size.
 
     L_G = L_diff + lambda * (-D(fake)), or (ADD) -D(fake) + lambda L_distill
     L_D = relu(1 - D(real)) + relu(1 + D(fake))
@@ -36,28 +36,28 @@ def diffusion_loss(model, x0, t, eps, cond):
 # ------------------------------------------------------------------------------------------ adversarial
 
 def hinge_real(logits):
-    """relu(1 - D(real)), mean over everything. logits (B, L)."""
-    return F.relu(1 - logits).mean()                                          # ADT L_D, ADD eq. 3
+    """relu(1 - D(real)). logits: one (B, N) per head."""
+    return sum(F.relu(1 - d).mean() for d in logits) / len(logits)            # ADT L_D, ADD eq. 3
 
 
 def hinge_fake(logits):
     """relu(1 + D(fake)). The fake picture must be detached by the caller."""
-    return F.relu(1 + logits).mean()                                          # ADT L_D, ADD eq. 3
+    return sum(F.relu(1 + d).mean() for d in logits) / len(logits)            # ADT L_D, ADD eq. 3
 
 
 def hinge_generator(logits):
     """-D(fake): linear, never saturates; a relu here would stop teaching once D is beaten by a margin."""
-    return -logits.mean()                                                     # ADT L_G, ADD eq. 2
+    return -sum(d.mean() for d in logits) / len(logits)                       # ADT L_G, ADD eq. 2
 
 
 def r1(logits, inputs):
     """R1 on what the heads see: sum over layers of the batch mean of || d (sum of logits) / d F_k ||^2.
 
-    logits (B, L) of real pictures, inputs: the heads' maps (B, D, h, w), made with requires_grad. On the
-    logits, never on the hinge, whose slope is zero wherever a real logit exceeds 1. Summed over logits, not
-    averaged: the mean would make the penalty L^2 times weaker, and 1e-5 of it nothing at all. The gradient
+    logits of real pictures, one (B, N) per head; inputs: the heads' maps (B, D, h, w) with requires_grad.
+    On the logits, never on the hinge, whose slope is zero wherever a real logit exceeds 1. Summed over them,
+    not averaged: a mean would make the penalty N^2 times weaker, and 1e-5 of it nothing at all. The gradient
     stops at the heads' inputs, so there is no second backward pass through the backbone."""
-    slopes = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+    slopes = torch.autograd.grad(sum(d.sum() for d in logits), inputs, create_graph=True)
     return sum(slope.float().square().flatten(1).sum(1).mean() for slope in slopes)           # ADD eq. 3, R1
 
 

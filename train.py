@@ -199,8 +199,8 @@ class Run:
             terms, real, made = self.module.discriminator_loss(self.critic, batch, fake, known, self.config)
         (sum(terms.values()) / self.total).backward()
         return {**{name: term.item() for name, term in terms.items()},
-                "D right on real": (real > 0).float().mean().item(),
-                "D right on fake": (made < 0).float().mean().item()}
+                "D right on real": sum((d > 0).float().mean().item() for d in real) / len(real),
+                "D right on fake": sum((d < 0).float().mean().item() for d in made) / len(made)}
 
     def improve(self, optimiser, weights, clip, name):
         """One step of an optimiser -> its gradient's norm, before it was clipped."""

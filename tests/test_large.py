@@ -69,7 +69,7 @@ def test_logits_are_exact_under_autocast():
     eyes = discriminator.Features(models.features("tiny", "glyphs"))
     critic = discriminator.Projected(eyes, 16).eval()
     with torch.no_grad(), bf16:
-        logits = critic(None, torch.rand(2, 3, 32, 32), torch.randn(2, 16))
+        logits = torch.cat(critic(None, torch.rand(2, 3, 32, 32), torch.randn(2, 16)), 1)
     assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
