@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import evaluate
 import figures
+import losses
 import models
 import sampler
 import train
@@ -58,21 +59,25 @@ class Calls:
         for name, owner, attribute in (("network", run.model, "output"), ("teacher", run.teacher, "output"),
                                        ("eyes", eyes, "forward"), ("heads", run.critic, "score")):
             self.watch(name, owner, attribute)
+        self.watch("R1 of heads", losses, "r1")
 
     def watch(self, name, owner, attribute):
         plain = getattr(owner, attribute)
         def counted(*inputs):
             result = plain(*inputs)
-            tensor = result[0] if isinstance(result, list) else result
+            seen = inputs[0] if name == "R1 of heads" else result
+            tensor = seen[0] if isinstance(seen, list) else seen
             self.counts[name, len(tensor), tensor.requires_grad] += 1
+            if name == "R1 of heads":                        # it looks through heads that were called for it
+                self.counts["heads", len(tensor), True] -= 1
             return result
-        self.kept.append((owner, attribute))
+        self.kept.append((owner, attribute, vars(owner).get(attribute)))
         setattr(owner, attribute, counted)
 
     def stop(self):
-        for owner, attribute in self.kept:
-            delattr(owner, attribute)                        # the class's own is behind it
-        return self.counts
+        for owner, attribute, own in self.kept:              # of an object, the class's own is behind it
+            setattr(owner, attribute, own) if own else delattr(owner, attribute)
+        return +self.counts                                  # what is left of each
 
 
 def alone(run, name, n, graph):
@@ -90,8 +95,11 @@ def alone(run, name, n, graph):
             elif name == "eyes":
                 seen = run.critic.features(batch.image.clone().requires_grad_(graph))
                 y = torch.cat([f.flatten() for f in seen])
-            else:
+            elif name == "heads":
                 y = torch.cat(run.critic.score(maps, known), 1)
+            else:
+                seen = [f.clone().requires_grad_() for f in maps]
+                y = losses.r1(run.critic.score(seen, known), seen)
         if graph:
             run.opt_g.zero_grad(), run.opt_d.zero_grad()
             y.float().square().mean().backward()
@@ -210,7 +218,6 @@ def peer():
     and optimiser."""
     import torch.nn.functional as F
     from diffusers import DDPMScheduler, UNet2DConditionModel
-    import losses
     import stable
     from denoiser import Denoiser
     torch.manual_seed(0)
