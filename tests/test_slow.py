@@ -30,7 +30,7 @@ def test_adt_takes_two_fifths_off_the_excess(tmp_path, dataset):
 def test_adds_single_step_is_ten_times_nearer_than_the_teachers(tmp_path, dataset):
     seen = figures(tmp_path / "run", "--method", "add", "--data", dataset)
     assert seen["after, 1 step"]["fd"] < .1 * seen["before, 1 step"]["fd"]
-    assert seen["after, 1 step"]["recall"] > .8 * seen["before, 25 steps"]["recall"]
+    assert seen["after, 1 step"]["recall"] > .6 * seen["before, 25 steps"]["recall"]
 
 
 @pytest.mark.slow
