@@ -6,6 +6,7 @@ step takes beyond it is overhead, ours or PyTorch's. Everything alternates; medi
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 import subprocess
@@ -14,6 +15,8 @@ import time
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,11 +134,12 @@ def overhead():
 
 class Kept(TorchDispatchMode):
     """Bytes of all tensors that were made and are still alive, now and at most; the backward pass, and what
-    it computes again, included."""
+    it computes again, included; views of `weights` are not."""
 
-    def __init__(self):
+    def __init__(self, weights=()):
         super().__init__()
-        self.alive, self.most, self.known = 0, 0, {}
+        self.weights = [w.untyped_storage() for w in weights]
+        self.alive, self.most, self.known = 0, 0, {id(storage): None for storage in self.weights}
 
     def __torch_dispatch__(self, function, types, arguments=(), settings=None):
         made = function(*arguments, **(settings or {}))
@@ -249,8 +253,132 @@ def peer():
         ("losses.diffusion_loss", f"{seconds['ours']:.3f}", f"{seconds['ours'] / seconds['theirs']:.2f}")]
 
 
+# ------------------------------------------------------------------- 8: the large models, by arithmetic
+
+class Flash(torch.autograd.Function):
+    """Attention as GPUs take it: it keeps what it was given and its answer, not the square of the length."""
+    work = 0
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v, answer := torch.empty_like(q))
+        Flash.work += 4 * q.numel() * k.shape[2]
+        return answer
+
+    @staticmethod
+    def backward(ctx, slope):
+        q, k, v, _ = ctx.saved_tensors
+        Flash.work += 10 * q.numel() * k.shape[2]            # its scores once more, and four products
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def giants(family):
+    """A family's network, the weights of VAE and eyes, all in full size and without values (meta device,
+    bf16), and each one's call for one picture. The configurations are those of the public models."""
+    import diffusers
+    import stable
+    pixels = stable.FAMILIES[family][3]
+    x, t, four = torch.randn, torch.ones(1), (128, 256, 512, 512)
+    if family == "sd15":
+        network = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
+        call = lambda: network(x(1, 4, 64, 64), t, x(1, 77, 768)).sample
+    elif family == "sdxl":
+        network = diffusers.UNet2DConditionModel(
+            128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816)
+        extra = {"text_embeds": x(1, 1280), "time_ids": x(1, 6)}
+        call = lambda: network(x(1, 4, 128, 128), t, x(1, 77, 2048), added_cond_kwargs=extra).sample
+    else:
+        network = diffusers.SD3Transformer2DModel(
+            128, 2, 16, 24, num_attention_heads=24, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=192)
+        call = lambda: network(x(1, 16, 128, 128), x(1, 333, 4096), x(1, 2048), t).sample
+    vae = diffusers.AutoencoderKL(block_out_channels=four, down_block_types=("DownEncoderBlock2D",) * 4,
+                                  up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
+                                  latent_channels=network.config.in_channels).requires_grad_(False)
+    eyes = stable.dino("random").requires_grad_(False)
+    z = x(1, network.config.in_channels, pixels // 8, pixels // 8)
+    photograph = x(1, 3, pixels, pixels)
+    calls = {"network": call, "encode": lambda: vae.encoder(photograph),
+             "decode": lambda: vae.decode(z.requires_grad_()).sample,
+             "eyes": lambda: eyes(photograph.requires_grad_())[0][-1]}
+    return network, [*vae.parameters(), *eyes.parameters()], calls
+
+
+def weigh(call, weights):
+    """-> the most GiB that a call and its backward pass keep, TFLOP of the call, of its backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+    def whole(y):
+        if y.requires_grad:
+            y.sum().backward()
+    with Kept(weights) as kept:
+        whole(call())
+    Flash.work = 0
+    with FlopCounterMode(display=False) as counter:          # apart: it keeps what it counts
+        y = call()
+        forward = counter.get_total_flops() + Flash.work
+        whole(y)
+    both = counter.get_total_flops() + Flash.work
+    return kept.most / 2 ** 30, forward / 1e12, (both - forward) / 1e12
+
+
+def step_of(method, config, size, lean):
+    """GiB of graphs as a function of the batch, and TFLOP of one picture's step. size: {call: weigh's}."""
+    (graph, f, b), (thin, _, again) = size["network"], size["lean"]
+    graph, b = (thin, again) if lean else (graph, b)
+    (_, encode, _), (draw, decode, back), (look, see, mind) = (size[k] for k in ("encode", "decode", "eyes"))
+    if method == "diffusion":
+        return (lambda n: n * graph), encode + f + b
+    if method == "add":                                      # the teacher answers, and its answer is decoded
+        return (lambda n: n * graph + draw + n * look), (
+            f + b + config.teacher_steps * f + encode + 2 * decode + back + 4 * see + mind)
+    steps, pair = (config.path_steps + 1) / 2, 1 + (config.guidance != 1)     # a start anywhere on the path
+    path = pair * (steps * f + config.train_steps * (f + b))                  # K calls are computed again
+    return (lambda n: n * graph + max(draw + n * look, n * pair * graph)), (
+        f + b + path + encode + 2 * decode + back + 6 * see + mind)
+
+
+def large():
+    """Large models, by arithmetic, not measured: GiB, and seconds at 400 TFLOP/s, for batches of 1 / 4."""
+    import stable
+    rows, plain = [], torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"), patch.object(torch.nn.functional, "scaled_dot_product_attention",
+                                            lambda q, k, v, *_, **__: Flash.apply(q, k, v)):
+        for family, learns in itertools.product(stable.FAMILIES, ("LoRA 64", "all")):
+            network, others, calls = giants(family)
+            count = sum(w.numel() for w in network.parameters())
+            if learns != "all":
+                stable.Latent.adapt(SimpleNamespace(rank=0, network=network), 64)
+            adapters = sum(w.numel() for w in network.parameters()) - count
+            for w in network.parameters():                   # what a gradient takes is counted by the weight
+                w.requires_grad and w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
+            weights = [*network.parameters(), *others]
+            size = {name: weigh(call, weights) for name, call in calls.items()}
+            network.train().enable_gradient_checkpointing()
+            size["lean"] = weigh(calls["network"], weights)
+            for method in train.METHODS:
+                held = 22 * count if learns == "all" else 2 * count + 22 * adapters
+                held += 4 * count * (method == "add" and learns == "all")
+                held += 4 * sum(w.numel() for w in others)
+                config = train.settle(method, [], family)
+                cells = [family, method, learns, f"{held / 2 ** 30:.1f}"]
+                for lean in (False, True):
+                    graphs, work = step_of(method, config, size, lean)
+                    cells += [" / ".join(f"{held / 2 ** 30 + graphs(n):.0f}" for n in (1, 4)),
+                              " / ".join(f"{n * work / 400:.2g}" for n in (1, 4))]
+                rows.append(tuple(cells))
+    torch.set_default_dtype(plain)
+    return ["model", "method", "what learns", "weights and what they need, GiB", "with graphs, GiB", "s",
+            "`--lean`, GiB", "s"], rows
+
+
 TABLES = {"step": overhead, "memory": memory, "data": supply, "sampling": sampling, "start": starting,
-          "peer": peer}
+          "peer": peer, "large": large}
 
 
 def main(argv=None):

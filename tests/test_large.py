@@ -10,6 +10,7 @@ import torch.distributed as dist
 from diffusers import DDIMScheduler
 from test_latent import CAPTIONS, FAMILIES, build, command, prepared, shelf, world  # noqa: F401
 
+import benchmark
 import discriminator
 import models
 import parallel
@@ -167,3 +168,12 @@ def test_sharded_weights_that_were_exchanged_are_gathered_anew():
     finally:
         torch.set_autocast_cache_enabled(True)
         dist.destroy_process_group()
+
+
+def test_arithmetic_of_large_models_counts_what_a_layer_does():
+    """A matrix product is 2 N K M operations forward, as many backward for each of its two gradients."""
+    with torch.device("meta"):
+        layer, x = torch.nn.Linear(256, 512, bias=False), torch.empty(8, 256)
+        kept, forward, backward = benchmark.weigh(lambda: layer(x), layer.parameters())
+    assert forward == backward == pytest.approx(2 * 8 * 256 * 512 / 1e12)
+    assert 0 < kept * 2 ** 30 - 256 * 512 * 4 < 4 * 8 * 512 * 4              # its gradient; not its weight
