@@ -8,6 +8,7 @@ Read next: evaluate.py
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -109,8 +110,7 @@ class Run:
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
-        self.skip, self.skipped = skip, 0                    # what a NaN does, and how many did
-        self.saved = 0                                       # the step of the last checkpoint
+        self.skip, self.skipped, self.saved = skip, 0, 0     # what a NaN does, how many did; last checkpoint
         self.warmup = min(config.warmup_d, steps // 4)
         self.reader, self.coming = ThreadPoolExecutor(1), None
         self.total = config.accumulate * parallel.world()
@@ -118,10 +118,9 @@ class Run:
         self.weights = [w for w in model.network.parameters() if w.requires_grad]
         self.average = [w.detach().clone() for w in self.weights]
         self.critic_weights = list(critic.parameters())
-        self.opt_g, self.opt_d = (                           # fused: one pass over the weights, no copies
-            torch.optim.AdamW(weights, lr, betas=(beta1, beta2), weight_decay=0., fused=True)
-            for weights, lr, beta1, beta2 in ((self.weights, config.lr, config.beta1, .999),
-                                              (self.critic_weights, config.lr_d, config.beta1_d, .99)))
+        how = dict(weight_decay=0., fused=True)              # one pass over the weights, no copies of them
+        self.opt_g = torch.optim.AdamW(self.weights, config.lr, (config.beta1, .999), **how)
+        self.opt_d = torch.optim.AdamW(self.critic_weights, config.lr_d, (config.beta1_d, .99), **how)
 
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
@@ -333,12 +332,11 @@ def patience():
 
 def advice(log):
     """What to try where the last steps show a habit; ArithmeticError where none of them could be taken."""
-    recent = log[-HABIT:]
-    if len(recent) < HABIT:
+    if len(log) < HABIT:
         return None
-    if all(None in row.values() for row in recent):
-        raise ArithmeticError(f"step {recent[-1]['step']}: not one of the last {HABIT} steps was finite")
-    real, fake = ([row.get(f"D right on {what}", .5) or 0. for row in recent] for what in ("real", "fake"))
+    if all(None in row.values() for row in log):
+        raise ArithmeticError(f"step {log[-1]['step']}: not one of the last {HABIT} steps was finite")
+    real, fake = ([row.get(f"D right on {what}", .5) or 0. for row in log] for what in ("real", "fake"))
     if min(real + fake) > .99:
         return (f"the discriminator has been right about everything for {HABIT} steps: it has nothing left "
                 "to teach. A smaller lr_d or steps_d, more augment or (ADD) gamma may help")
@@ -353,8 +351,7 @@ def loop(run, out, facts, grid):
     noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
     share of the weights."""
     every, seconds = (500, 900) if run.model.heavy else (50, CHECKPOINT)
-    writes = parallel.rank() == 0
-    log_path = out / "log.jsonl"
+    writes, log_path = parallel.rank() == 0, out / "log.jsonl"
     log = rows_of(log_path)[:run.done]                       # what came after the checkpoint happens again
     if writes:
         write(log_path, "".join(json.dumps(row) + "\n" for row in log))
@@ -367,10 +364,11 @@ def loop(run, out, facts, grid):
     with patience() as asked, open(log_path if writes else os.devnull, "a", buffering=1) as file:
         for step in bar:
             seen = run.step()
-            log.append({"step": step, **{k: float(f"{v:.5g}") if math.isfinite(v) else None
-                                         for k, v in seen.items()},
-                        "seconds": round(before + time.time() - began, 2)})
-            file.write(json.dumps(log[-1]) + "\n")
+            row = {"step": step, **{k: float(f"{v:.5g}") if math.isfinite(v) else None
+                                    for k, v in seen.items()},
+                   "seconds": round(before + time.time() - began, 2)}
+            log = [*log[1 - HABIT:], row]                    # the file knows the others
+            file.write(json.dumps(row) + "\n")
             bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D", "skipped") if k in seen},
                             refresh=False)
             if (step + 1) % HABIT == 0 and (warning := advice(log)) and writes:
@@ -380,7 +378,8 @@ def loop(run, out, facts, grid):
                     drawn = grid(model)
                 if writes:
                     evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
-                    evaluate.curves(log, out / "curves.png")
+                    evaluate.curves(rows_of(log_path), out / "curves.png")
+                    gc.collect()                             # a figure is full of circles
             if parallel.agree(bool(asked) or time.time() - last > seconds or step + 1 == run.steps):
                 save(run, out, facts)
                 last = time.time()
