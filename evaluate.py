@@ -281,7 +281,7 @@ def gather(rows):
     for name, many in groups.items():
         figures = dict(many[0])
         for key, value in figures.items():
-            if len(many) > 1 and isinstance(value, float):
+            if isinstance(value, float) and len({m[key] for m in many}) > 1:
                 values = torch.tensor([m[key] for m in many])
                 figures[key] = f"{digits(values.mean())} ± {digits(values.std(), 2)}"
         gathered.append((name if len(many) == 1 else f"{name}, {len(many)} seeds", figures))
