@@ -153,7 +153,7 @@ def minutes():
                 points = [(f["minutes"], f["fd"]) for other, f in rows if other == label]
                 axis.plot(*zip(*points), marker, ms=4, alpha=.7, label=label,
                           color="tab:gray" if label.startswith("diffusion") else colour)
-        axis.set(title=dataset, xlabel="minutes of one core", ylabel="FD", ylim=(0, None))
+        axis.set(title=dataset, xlabel="minutes of one core", ylabel="FD", xlim=(0, None), ylim=(0, None))
         axis.legend(fontsize=5)
     figure.tight_layout()
     return figure
