@@ -62,24 +62,27 @@ class Calls:
         for name, owner, attribute in (("network", run.model, "output"), ("teacher", run.teacher, "output"),
                                        ("eyes", eyes, "forward"), ("heads", run.critic, "score")):
             self.watch(name, owner, attribute)
-        self.watch("R1 of heads", losses, "r1")
+        self.watch("R1 of heads", losses, "r1", lambda inputs, result: inputs[0])
 
-    def watch(self, name, owner, attribute):
+    def watch(self, name, owner, attribute, batch=lambda inputs, result: result):
+        """Count the calls of owner.attribute. batch: which of its tensors, or lists of them, tells the call's
+        size and whether it has a gradient."""
         plain = getattr(owner, attribute)
         def counted(*inputs):
             result = plain(*inputs)
-            seen = inputs[0] if name == "R1 of heads" else result
+            seen = batch(inputs, result)
             tensor = seen[0] if isinstance(seen, list) else seen
             self.counts[name, len(tensor), tensor.requires_grad] += 1
-            if name == "R1 of heads":                        # it looks through heads that were called for it
-                self.counts["heads", len(tensor), True] -= 1
             return result
-        self.kept.append((owner, attribute, vars(owner).get(attribute)))
-        setattr(owner, attribute, counted)
+        self.kept.append(patch.object(owner, attribute, counted))
+        self.kept[-1].start()
 
     def stop(self):
-        for owner, attribute, own in self.kept:              # of an object, the class's own is behind it
-            setattr(owner, attribute, own) if own else delattr(owner, attribute)
+        for swapped in self.kept:
+            swapped.stop()
+        for (name, n, graph), times in list(self.counts.items()):
+            if name == "R1 of heads":                        # it looks through heads that were called for it
+                self.counts["heads", n, graph] -= times
         return +self.counts                                  # what is left of each
 
 
@@ -357,14 +360,13 @@ def large():
             adapters = sum(w.numel() for w in network.parameters()) - count
             for w in network.parameters():                   # what a gradient takes is counted by the weight
                 w.requires_grad and w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
-            weights = [*network.parameters(), *others]
+            weights, frozen = [*network.parameters(), *others], 4 * sum(w.numel() for w in others)
             size = {name: weigh(call, weights) for name, call in calls.items()}
             network.train().enable_gradient_checkpointing()
             size["lean"] = weigh(calls["network"], weights)
             for method in train.METHODS:
                 held = 22 * count if learns == "all" else 2 * count + 22 * adapters
-                held += 4 * count * (method == "add" and learns == "all")
-                held += 4 * sum(w.numel() for w in others)
+                held += frozen + 4 * count * (method == "add" and learns == "all")
                 config = train.settle(method, [], family)
                 cells = [family, method, learns, f"{held / 2 ** 30:.1f}"]
                 for lean in (False, True):

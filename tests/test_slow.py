@@ -25,12 +25,26 @@ def test_adt_takes_two_fifths_off_the_excess(tmp_path, dataset):
     assert after["accuracy"] > before["accuracy"] - .01 and after["recall"] > before["recall"] - .02
 
 
+@pytest.fixture(scope="module", params=["glyphs", "fashion"])
+def student(request, tmp_path_factory):
+    """What ADD's default command measures."""
+    out = tmp_path_factory.mktemp("add") / "run"
+    return request.param, figures(out, "--method", "add", "--data", request.param)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dataset", ["glyphs", "fashion"])
-def test_adds_single_step_is_ten_times_nearer_than_the_teachers(tmp_path, dataset):
-    seen = figures(tmp_path / "run", "--method", "add", "--data", dataset)
+def test_adds_single_step_is_ten_times_nearer_than_the_teachers(student):
+    _, seen = student
     assert seen["after, 1 step"]["fd"] < .1 * seen["before, 1 step"]["fd"]
     assert seen["after, 1 step"]["recall"] > .6 * seen["before, 25 steps"]["recall"]
+
+
+@pytest.mark.slow
+def test_adds_single_step_has_four_fifths_of_the_teachers_recall(student, request):
+    dataset, seen = student
+    if dataset == "fashion":
+        request.applymarker(pytest.mark.xfail(reason="not reached on photographs: .75 to .82 in three seeds"))
+    assert seen["after, 1 step"]["recall"] > .8 * seen["before, 25 steps"]["recall"]
 
 
 @pytest.mark.slow
