@@ -27,6 +27,7 @@ import figures
 import losses
 import models
 import sampler
+import survival
 import train
 
 HERE = Path(__file__).parent
@@ -396,7 +397,7 @@ def main(argv=None):
         columns, rows = TABLES[name]()
         text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n{evaluate.markdown(columns, rows)}")
         print(text[-1], "\n", flush=True)
-    train.write(Path(a.out), "\n\n".join(text) + "\n")
+    survival.write(Path(a.out), "\n\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

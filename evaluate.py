@@ -25,11 +25,10 @@ import models
 import parallel
 import preference
 import sampler
+import survival
 from denoiser import Denoiser
 
 SHIPPED = {"base": "denoiser", "adt": "adt", "add": "add"}   # name: its file in weights/
-PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "features": str | None,
-        "size": int | None, "lora": int, "lean": bool, "shard": bool, "seed": int, "steps": int, "set": list}
 JUDGES = {"dino": "FD-DINOv2 (a Dinov2Model's folder or hub id)", "clip": "CLIP score and CMMD (a CLIPModel)",
           "pickscore": "PickScore (a CLIPModel)", "hps": "HPSv2 (a CLIPModel)",
           "aesthetics": "the LAION predictor's state dict, on top of --clip with ViT-L/14"}
@@ -235,7 +234,7 @@ def locate(name, a, dataset):
     if not path.exists():
         raise FileNotFoundError(f"{name}: wanted {', '.join(SHIPPED)}, a run folder or a weights file, "
                                 "found nothing there")
-    plan = read_plan(path / "config.json") if (path / "config.json").is_file() else {}
+    plan = survival.read_plan(path / "config.json") if (path / "config.json").is_file() else {}
     model = models.build(plan.get("model", "tiny"), dataset, name, a.size)
     dataset = a.data or plan.get("data") or model.facts.get("data")
     if not dataset:
@@ -255,20 +254,6 @@ def ways(rows, path):
     except (TypeError, ValueError, AttributeError):
         raise ValueError(f"{path} names no ways to sample that this program knows") from None
     return rows or BASE_ROWS
-
-
-def read_plan(path):
-    """A run's config.json, checked."""
-    later = {"weights": None, "features": None, "size": None, "lora": 0, "lean": False, "shard": False}
-    try:
-        plan = later | json.loads(Path(path).read_text())
-        if not all(isinstance(plan[key], kind) for key, kind in PLAN.items()):
-            raise TypeError
-        if not all(isinstance(change, str) for change in plan["set"]):
-            raise TypeError
-        return {key: plan[key] for key in PLAN} | {"rows": plan.get("rows")}
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is not the config.json of a run of this program") from None
 
 
 def gather(rows):

@@ -83,6 +83,11 @@ def whole(tree, home=False):
     return full if not home else full.cpu() if rank() == 0 else None
 
 
+def mine(tensor):
+    """This process' share of it."""
+    return tensor.to_local() if sharded(tensor) else tensor
+
+
 def moved(network):
     """Its weights have changed by other hands than an optimiser's: FSDP2 must gather them anew."""
     if hasattr(network, "reshard"):

@@ -20,6 +20,7 @@ from pathlib import Path
 import data
 import evaluate
 import models
+import survival
 import train
 
 
@@ -132,7 +133,7 @@ def measured(cache, examiner, ways, opened):
                 continue
             model, beside = (model, beside) if model else opened()
             known[key] = {**evaluate.measure(examiner, model, steps, **settings), **beside}
-            train.write(cache, json.dumps(known, indent=1) + "\n")
+            survival.write(cache, json.dumps(known, indent=1) + "\n")
         yield way, known[key]
 
 
@@ -182,8 +183,8 @@ def main(argv=None):
     lines = [(label, {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()})
              for label, figures in lines]                    # what counts, whatever the number of threads
     text = evaluate.table(evaluate.gather(lines))
-    train.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
-    train.write(folder / f"{a.study}-{source.name}.md", text + "\n")
+    survival.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
+    survival.write(folder / f"{a.study}-{source.name}.md", text + "\n")
     print(f"\n{text}\n\nwrote {folder}/{a.study}-{source.name}.md")
 
 

@@ -12,19 +12,15 @@ import gc
 import hashlib
 import json
 import math
-import os
-import pickle
-import shutil
+import shlex
 import signal
 import time
 import typing
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import add
@@ -34,12 +30,12 @@ import discriminator
 import evaluate
 import models
 import parallel
+import survival
 
 # name: the module, the settings that make the method, the default length of a run
 METHODS = {"adt": (adt, {}, 300), "add": (add, {}, 600), "diffusion": (adt, {"lambda_adv": 0.0}, 500)}
 LONG = 2000                                                  # the same for real models: CoMat's (secondary)
 SAMPLES = 2000                                               # pictures that a run is examined on
-PRODUCTS = "*.png", "*.json", "*.jsonl", "*.md", "*.safetensors", "checkpoint.pt", "pipeline", "scheduler"
 MEASURE = 10                                                 # every so many steps, each loss term's gradient
 HABIT = 100                                                  # so many steps in a row are one
 CHECKPOINT = 60                                              # seconds between two of the tiny model's
@@ -110,6 +106,7 @@ class Run:
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
+        self.of = [module.__name__, source.name, seed]       # what a checkpoint must be of to go on here
         self.skip, self.skipped, self.saved = skip, 0, 0     # what a NaN does, how many did; last checkpoint
         self.warmup = min(config.warmup_d, steps // 4)
         self.reader, self.coming = ThreadPoolExecutor(1), None
@@ -137,7 +134,7 @@ class Run:
         halves = [self.generate(shard, batch, learns) for shard, batch in zip(self.shards, batches)]
         seen = self.mean([figures for figures, _, _ in halves])
         if learns:
-            seen |= self.improve(self.opt_g, self.weights, config.clip, "|grad|")
+            seen |= self.improve(self.opt_g, self.weights, config.clip, "|grad|", seen)
             made = self.done - self.warmup
             decay = min(config.ema, (made + 1) / (made + 10))
             with torch.no_grad():
@@ -149,9 +146,9 @@ class Run:
             for turn in range(config.steps_d):               # the same pictures, augmented anew
                 discriminator.tighten(self.critic)
                 self.opt_d.zero_grad()
-                seen |= self.mean([self.judge(shard, turn, batch, *made)
+                heard = self.mean([self.judge(shard, turn, batch, *made)
                                    for shard, batch, (_, *made) in zip(self.shards, batches, halves)])
-                seen |= self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|")
+                seen |= heard | self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|", heard)
         self.done += 1
         return seen | {"skipped": self.skipped} if self.skip else seen
 
@@ -201,11 +198,11 @@ class Run:
                 "D right on real": sum((d > 0).float().mean().item() for d in real) / len(real),
                 "D right on fake": sum((d < 0).float().mean().item() for d in made) / len(made)}
 
-    def improve(self, optimiser, weights, clip, name):
-        """One step of an optimiser -> its gradient's norm, before it was clipped."""
+    def improve(self, optimiser, weights, clip, name, seen):
+        """One step of an optimiser, if all was finite that was seen -> its gradient's norm, not yet clipped."""
         parallel.add_up([w.grad for w in weights if w.grad is not None])
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
-        if self.finite({name: norm}):
+        if self.finite({**seen, name: norm}):
             optimiser.step()
         else:
             self.skipped += 1
@@ -222,9 +219,7 @@ class Run:
         values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0) / self.total
         values = values.to(self.model.alpha.device)
         parallel.add_up([values])
-        seen = dict(zip(rows[0], values.tolist()))
-        self.finite(seen)
-        return seen
+        return dict(zip(rows[0], values.tolist()))
 
     def finite(self, figures):
         """Whether a step may be taken. A NaN never reaches the weights: it stops the run, or, with
@@ -237,22 +232,22 @@ class Run:
     def state(self):
         """Everything the next step depends on."""
         return parallel.whole({"weights": [w.detach() for w in self.weights], "average": self.average,
-                               "done": self.done, "skipped": self.skipped,
+                               "of": self.of, "done": self.done, "skipped": self.skipped,
                                **{name: getattr(self, name).state_dict()
                                   for name in ("critic", "opt_g", "opt_d")}}, home=True)
 
     def restore(self, state):
-        for own, saved in ((self.weights, state["weights"]), (self.average, state["average"])):
-            if [w.shape for w in own] != [w.shape for w in saved]:
-                raise RuntimeError("it holds another network's weights")
-            with torch.no_grad():
-                torch._foreach_copy_(own, [parallel.like(s, w) for s, w in zip(saved, own)])
-        for i, moments in state["opt_g"]["state"].items():
-            state["opt_g"]["state"][i] = {k: parallel.like(v, self.weights[i]) for k, v in moments.items()}
-        for name in ("critic", "opt_g", "opt_d"):
-            getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            for own, saved in zip(self.weights + self.average, state["weights"] + state["average"]):
+                own.copy_(parallel.like(saved, own))         # one by one: what is sharded knows no foreach
+        self.critic.load_state_dict(state["critic"])
+        for name, weights in (("opt_g", self.weights), ("opt_d", self.critic_weights)):
+            optimiser, moments = getattr(self, name), {
+                i: {key: parallel.like(value, weights[i]) for key, value in saved.items()}
+                for i, saved in state[name]["state"].items()}
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         self.done = self.saved = state["done"]
-        self.skipped = state.get("skipped", 0)
+        self.skipped = state["skipped"]
 
     @contextmanager
     def averaged(self):
@@ -270,66 +265,6 @@ class Run:
             swap()
 
 
-def write(path, text):
-    """All or nothing: a reader never meets half a file."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def save(run, out, facts):
-    """One checkpoint with everything, and the result in a form that others load (a heavy one at the end).
-    OSError, in every process, and the checkpoint before is as it was, where the disk does not take it."""
-    state, partial = run.state(), out / "checkpoint.part"
-    def checkpoint():
-        if parallel.rank() == 0:
-            with open(partial, "wb") as file:
-                torch.save(state, file)
-                os.fsync(file.fileno())                      # on the disk before it gets its name
-            partial.replace(out / "checkpoint.pt")
-    def result():
-        with run.averaged() as model:
-            model.keep(out, steps=run.done, **facts)
-    for write_it in [checkpoint, *([result] if run.done == run.steps or not run.model.heavy else [])]:
-        trouble = None
-        try:
-            write_it()
-        except (OSError, RuntimeError, SafetensorError) as error:            # each writer has its own
-            trouble = error
-            for unfinished in out.glob("*.part"):
-                unfinished.unlink()
-        if parallel.agree(trouble is not None):
-            why = str(trouble or "process 0 could not")[:200]
-            raise OSError(f"cannot write the checkpoint of step {run.done} ({why})")
-    run.saved = run.done
-
-
-def rows_of(path):
-    """The rows of a log, up to the first that a full disk or a power cut left unfinished."""
-    rows = []
-    with suppress(FileNotFoundError, ValueError):
-        for line in path.read_text().splitlines():
-            rows.append(json.loads(line))
-    return rows
-
-
-@contextmanager
-def patience():
-    """Ctrl-C and SIGTERM wait for the end of the step: yields a list that then is no longer empty. The second
-    Ctrl-C does not wait; what follows within a second is the first, passed on by torchrun."""
-    asked = []
-    def hear(number, _):
-        if number == signal.SIGINT and asked and time.time() - asked[0] > 1:
-            os._exit(130)
-        asked.append(time.time())
-    kept = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 def advice(log):
     """What to try where the last steps show a habit; ArithmeticError where none of them could be taken."""
     if len(log) < HABIT:
@@ -337,8 +272,8 @@ def advice(log):
     if all(None in row.values() for row in log):
         raise ArithmeticError(f"step {log[-1]['step']}: not one of the last {HABIT} steps was finite")
     real, fake = ([row.get(f"D right on {what}", .5) or 0. for row in log] for what in ("real", "fake"))
-    if min(real + fake) > .99:
-        return (f"the discriminator has been right about everything for {HABIT} steps: it has nothing left "
+    if min(fake) > .99 and max(real) > .01:                  # (of a pair of real ones it may be in two minds)
+        return (f"the discriminator has seen through every picture for {HABIT} steps: it has nothing left "
                 "to teach. A smaller lr_d or steps_d, more augment or (ADD) gamma may help")
     if max(real) < .01 or max(fake) < .01:
         return (f"the discriminator has said the same of all pictures for {HABIT} steps: it has learned "
@@ -346,45 +281,38 @@ def advice(log):
     return None
 
 
-def loop(run, out, facts, grid):
-    """Steps until done, or until a signal asks to stop: log every step, now and then a picture from fixed
+def loop(run, out, facts, grid, asked, log):
+    """Steps until done, or until a signal has asked to stop: log every step, now and then a picture from fixed
     noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
     share of the weights."""
     every, seconds = (500, 900) if run.model.heavy else (50, CHECKPOINT)
-    writes, log_path = parallel.rank() == 0, out / "log.jsonl"
-    log = rows_of(log_path)[:run.done]                       # what came after the checkpoint happens again
-    if writes:
-        write(log_path, "".join(json.dumps(row) + "\n" for row in log))
-    began = last = time.time()
-    before = log[-1]["seconds"] if log else 0.
+    writes, began = parallel.rank() == 0, time.time()
+    last, before = began, log.rows[-1]["seconds"] if log.rows else 0.
     bar = tqdm(range(run.done, run.steps), initial=run.done, total=run.steps, desc=out.name, mininterval=1,
                disable=not writes)
     if run.done == run.steps:                                # it had finished; its result may be lost
-        save(run, out, facts)
-    with patience() as asked, open(log_path if writes else os.devnull, "a", buffering=1) as file:
-        for step in bar:
-            seen = run.step()
-            row = {"step": step, **{k: float(f"{v:.5g}") if math.isfinite(v) else None
-                                    for k, v in seen.items()},
-                   "seconds": round(before + time.time() - began, 2)}
-            log = [*log[1 - HABIT:], row]                    # the file knows the others
-            file.write(json.dumps(row) + "\n")
-            bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D", "skipped") if k in seen},
-                            refresh=False)
-            if (step + 1) % HABIT == 0 and (warning := advice(log)) and writes:
-                bar.write(f"step {step + 1}: {warning}")
-            if (step + 1) % every == 0 or step + 1 == run.steps:
-                with run.averaged() as model:
-                    drawn = grid(model)
-                if writes:
-                    evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
-                    evaluate.curves(rows_of(log_path), out / "curves.png")
-                    gc.collect()                             # a figure is full of circles
-            if parallel.agree(bool(asked) or time.time() - last > seconds or step + 1 == run.steps):
-                save(run, out, facts)
-                last = time.time()
-                if parallel.agree(bool(asked)):
-                    break
+        survival.save(run, out, facts, log)
+    for step in bar:
+        seen = run.step()
+        row = {"step": step, **{k: float(f"{v:.5g}") if math.isfinite(v) else None for k, v in seen.items()},
+               "seconds": round(before + time.time() - began, 2)}
+        log.add(row, keep=HABIT)
+        bar.set_postfix({k: f"{seen[k]:.3g}" for k in ("diff", "adv", "D", "skipped") if k in seen},
+                        refresh=False)
+        if (step + 1) % HABIT == 0 and (warning := advice(log.rows)) and writes:
+            bar.write(f"step {step + 1}: {warning}")
+        if (step + 1) % every == 0 or step + 1 == run.steps:
+            with run.averaged() as model:
+                drawn = grid(model)
+            if writes:
+                evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
+                evaluate.curves(survival.rows_of(log.path), out / "curves.png")
+                gc.collect()                                 # a figure is full of circles
+        if parallel.agree(bool(asked) or time.time() - last > seconds or step + 1 == run.steps):
+            survival.save(run, out, facts, log)
+            last = time.time()
+            if parallel.agree(bool(asked)):
+                break
 
 
 # --------------------------------------------------------------------------------------- before and after
@@ -413,7 +341,7 @@ def parse(argv=None):
     parser.add_argument("--out", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR; its own settings hold")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in --out")
-    parser.add_argument("--on-nan", choices=["stop", "skip"], default="stop",
+    parser.add_argument("--on-nan", choices=["stop", "skip"],
                         help="what a loss or gradient that is no number does: stop the run (default), "
                         "or skip that player's step and count it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
@@ -423,20 +351,10 @@ def parse(argv=None):
     return parser, parser.parse_args(argv)
 
 
-def check_free(out, plan, overwrite):
-    """Whether the run may have the folder `out`; ValueError if not."""
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
-        return
-    if not (out / "config.json").is_file():
-        raise ValueError(f"--out {out} holds something else than a run: choose another folder")
-    if not overwrite and not (out / "checkpoint.pt").is_file():
-        raise ValueError(f"{out} holds a run that was stopped before it saved anything: "
-                         "--overwrite starts it anew, --out names another folder")
-    if not overwrite:
-        raise ValueError(f"{out} already holds a run: --resume {out} continues it, "
-                         "--overwrite replaces it, --out names another folder")
-    if plan["weights"] and Path(plan["weights"]).resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--weights {plan['weights']} lies in the run that would be replaced")
+def again(out, world):
+    """The command that goes on with a run."""
+    start = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+    return f"{start} train.py --resume {shlex.quote(str(out))}"
 
 
 def plan_of(arguments):
@@ -445,15 +363,21 @@ def plan_of(arguments):
         out = Path(arguments.resume)
         if not (out / "checkpoint.pt").is_file():
             raise FileNotFoundError(f"--resume {out}: wanted a run folder with checkpoint.pt, found none")
-        if arguments.set or arguments.out or arguments.overwrite:
-            raise ValueError("--resume keeps a run's own settings: leave out --set, --out and --overwrite")
-        plan = evaluate.read_plan(out / "config.json")
+        plan, usual = survival.read_plan(out / "config.json"), parse([])[1]
+        for key in {"out", "overwrite", *survival.PLAN} - {"steps", "on_nan", "world"}:
+            if getattr(arguments, key) not in (getattr(usual, key), plan.get(key)):
+                raise ValueError(f"--resume keeps a run's own settings: leave out --{key}")
+        if plan["world"] != parallel.world():
+            raise ValueError(f"{out} is a run of {plan['world']} process(es), not {parallel.world()}: "
+                             f"{again(out, plan['world'])}")
+        plan["on_nan"] = arguments.on_nan or plan["on_nan"]
     else:
-        plan = {key: getattr(arguments, key) for key in evaluate.PLAN if key != "steps"}
+        plan = {**vars(arguments), "world": parallel.world(), "on_nan": arguments.on_nan or "stop"}
+        plan = {key: plan[key] for key in survival.PLAN if key != "steps"}
         words = [plan["method"], *{plan["model"]} - {"tiny"}, Path(plan["data"]).name, *plan["set"],
                  f"seed{plan['seed']}"]
         out = Path(arguments.out or f"runs/{'-'.join(words)}")
-        check_free(out, plan, arguments.overwrite)
+        survival.check_free(out, plan, arguments.overwrite)
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
     plan.setdefault("steps", LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2])
@@ -462,22 +386,6 @@ def plan_of(arguments):
     if plan["steps"] < 1:
         raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
     return plan, out
-
-
-def resume(run, out):
-    """Bring a run to where its checkpoint in `out` was written; ValueError if it cannot be."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # torch has opinions on strangers' pickles
-            run.restore(torch.load(out / "checkpoint.pt", weights_only=True, map_location="cpu",
-                                   mmap=torch.cuda.is_available()))          # many processes, one copy
-    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
-            pickle.UnpicklingError) as error:
-        alien = isinstance(error, pickle.UnpicklingError)
-        why = "it holds more than tensors" if alien else str(error).split("\n")[0][:80]
-        raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None
-    if run.done > run.steps:
-        raise ValueError(f"{out} is at step {run.done} already: --steps {run.steps} lies behind it")
 
 
 def prepare(arguments):
@@ -524,9 +432,9 @@ def prepare(arguments):
         for network in {model.network, base.network} if config.has_teacher else {model.network}:
             parallel.shard(network)
     run = Run(model, base, critic.to(parallel.device()), METHODS[plan["method"]][0], config, source,
-              plan["steps"], plan["seed"], arguments.on_nan == "skip")
+              plan["steps"], plan["seed"], plan["on_nan"] == "skip")
     if arguments.resume:
-        resume(run, out)
+        survival.resume(run, out)
     n, most = arguments.samples, (source.sizes["test"] or 10 ** 9) // 2
     if n > most and n == SAMPLES:
         n = most if most >= 200 else 0                       # a small folder: fewer samples, or no table
@@ -542,26 +450,13 @@ def report(run, examiner, out, captions):
                                         for who, steps, settings in run.config.rows()], captions, examiner)
     if parallel.rank() > 0:
         return
-    evaluate.picture(shown, out / "before_after.png", captions)
     if rows:
         text = evaluate.table(rows)
-        write(out / "result.json", json.dumps(dict(rows), indent=1))
-        write(out / "table.md", text + "\n")
+        survival.write(out / "result.json", json.dumps(dict(rows), indent=1))
+        survival.write(out / "table.md", text + "\n")
         print(f"\n{text}\n")
+    evaluate.picture(shown, out / "before_after.png", captions)
     print("wrote", ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith("samples")))
-
-
-def start(out, plan, run, resumed):
-    """Make the run folder: config.json, and nothing left of a run that is being replaced."""
-    if parallel.rank() > 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        for old in [path for pattern in PRODUCTS for path in out.glob(pattern)]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-    sources = provenance(run.config, run.module, plan["model"])
-    write(out / "config.json", json.dumps({**plan, "config": sources}, indent=1))
-    print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in sources.items()))
 
 
 def main(argv=None):
@@ -571,30 +466,44 @@ def main(argv=None):
     try:
         parallel.start()
         plan, out, run, examiner = prepare(arguments)
-        start(out, plan, run, bool(arguments.resume))
+        sources = provenance(run.config, run.module, plan["model"])
+        survival.settle_in(out, plan, sources, bool(arguments.resume))
+        log = survival.Log(out / "log.jsonl", run.done)
     except (ValueError, OSError) as error:
         leave(2, f"train.py: {error}\n")
+    except KeyboardInterrupt:
+        leave(130, "\nstopped before the first step\n")
+    if parallel.rank() == 0:
+        print("\n".join(f"{k:>14} {v[0]!s:<12} {v[1]}" for k, v in sources.items()))
     captions = run.source.batch(4 if run.model.heavy else 16, torch.Generator().manual_seed(7)).caption
     facts = {"data": run.source.name, **{key: plan[key] for key in ("rows", "method", "set", "seed")}}
-    steps, settings = plan["rows"][0]
-    go_on = f"python train.py --resume {out}"
-    def kept():
-        return f"the checkpoint of step {run.saved} is good" if run.saved else "nothing was saved before"
+    (steps, settings), go_on = plan["rows"][0], again(out, plan["world"])
+    def kept(command):
+        return (f"the checkpoint of step {run.saved} is good: {command}" if run.saved else
+                "nothing was saved before: begin anew with --overwrite")
     try:
-        loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings))
+        with survival.patience() as asked:
+            loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings),
+                 asked, log)
     except ArithmeticError as error:
-        leave(1, f"\ntrain.py: {error}; {kept()}: go on from it with other settings (--weights {out}, "
-                 f"a smaller lr, lr_d or lambda_adv), or leave such steps out: {go_on} --on-nan skip\n")
+        leave(1, f"\ntrain.py: {error}; {kept(f'go on from it (--weights {out})')} and other settings (a smaller "
+                 f"lr, lr_d or lambda_adv), or leave such steps out: {kept(go_on)} --on-nan skip\n")
     except (ValueError, OSError) as error:                   # the data, or the disk; perhaps here alone
         if parallel.world() == 1:
-            with suppress(OSError):
-                save(run, out, facts)
-        parser.exit(2, f"\ntrain.py: {error}; {kept()}; then: {go_on}\n")
+            with suppress(OSError, ArithmeticError):
+                survival.save(run, out, facts, log)
+        parser.exit(2, f"\ntrain.py: {error}; {kept(go_on)}\n")
     if run.done < run.steps:
         leave(0, f"\nstopped after step {run.done}, all is saved; go on with: {go_on}\n")
-    if arguments.samples:
-        report(run, examiner, out, captions)
+    try:
+        if asked:
+            raise KeyboardInterrupt
+        if arguments.samples:
+            report(run, examiner, out, captions)
+    except KeyboardInterrupt:
+        leave(0, f"\nstopped before the table, all {run.done} steps are saved; go on with: {go_on}\n")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                # outside the loop, like Ctrl-C
     main()

@@ -20,6 +20,7 @@ import evaluate
 import metrics
 import models
 import sampler
+import survival
 import train
 
 FAMILIES = "sd15", "sdxl", "sd3"
@@ -343,7 +344,7 @@ def test_the_command_a_user_types(world, tmp_path, name, method, rank):
     assert (out / "samples_000002.png").stat().st_size > 0
     result = "pytorch_lora_weights.safetensors" if rank == "4" else "pipeline/model_index.json"
     assert (out / result).stat().st_size > 0
-    plan = evaluate.read_plan(out / "config.json")
+    plan = survival.read_plan(out / "config.json")
     assert plan["model"] == name and plan["lora"] == int(rank)
     train.main(["--resume", str(out), "--steps", "3", "--samples", "0"])
     assert len((out / "log.jsonl").read_text().splitlines()) == 3

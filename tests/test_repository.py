@@ -11,7 +11,7 @@ import figures
 import pytest
 from conftest import ROOT
 
-LAYERS = [{"denoiser", "networks", "parallel", "metrics", "preference"}, {"stable"},
+LAYERS = [{"denoiser", "networks", "parallel", "metrics", "preference"}, {"survival"}, {"stable"},
           {"models", "sampler", "losses", "discriminator", "data"}, {"adt", "add"},
           {"evaluate", "train", "pretrain"}, {"study"}, {"figures"}]
 BESIDE = {"pretrain", "study", "figures", "preference"}      # what training and measuring can do without

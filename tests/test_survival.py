@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from test_train import go
 
+import survival
 import train
 
 
@@ -70,19 +71,41 @@ def test_resume_is_bit_exact_wherever_it_was_stopped(tmp_path, method, during, c
     assert same(what_is_left(whole), what_is_left(parts))
 
 
-def test_the_second_ctrl_c_does_not_wait(monkeypatch):
-    left, clock = [], iter([0., .5, .5, 3., 3.])
-    monkeypatch.setattr(train.os, "_exit", left.append)
-    monkeypatch.setattr(train.time, "time", lambda: next(clock))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_second_ctrl_c_does_not_wait(monkeypatch, processes):
+    """Of several processes each hears the first twice: from the terminal, and from torchrun."""
+    left, clock = [], iter([0., *[.5] * 2, *[3.] * 2] if processes > 1 else [0., .1])
+    monkeypatch.setattr(survival.os, "_exit", left.append)
+    monkeypatch.setattr(survival.time, "time", lambda: next(clock))
+    monkeypatch.setattr(survival.parallel, "world", lambda: processes)
     before = signal.getsignal(signal.SIGINT)
-    with train.patience() as asked:
+    with survival.patience() as asked:
         signal.raise_signal(signal.SIGINT)
         assert len(asked) == 1 and not left
-        signal.raise_signal(signal.SIGINT)                   # at once: the same one, by way of torchrun
-        assert not left
+        if processes > 1:
+            signal.raise_signal(signal.SIGINT)
+            assert not left
         signal.raise_signal(signal.SIGINT)
         assert left == [130]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_in_the_last_step_or_during_the_table_leaves_the_table_for_later(tmp_path, during, monkeypatch,
+                                                                                 capsys):
+    small = ["--steps", "2", "--samples", "200"]
+    undo = during(1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert leaves(tmp_path / "last", *small) == 0
+    undo()
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train.evaluate, "examine", interrupted)
+    assert leaves(tmp_path / "table", *small) == 0
+    said = capsys.readouterr().err
+    for name in ("last", "table"):
+        assert f"go on with: python train.py --resume {tmp_path / name}" in said
+        assert what_is_left(tmp_path / name)[0]["done"] == 2 and not (tmp_path / name / "table.md").exists()
+    monkeypatch.setattr(train, "prepare", interrupted)
+    assert leaves(tmp_path / "early", *small) == 130 and not (tmp_path / "early").exists()
 
 
 def test_a_nan_stops_the_run_and_names_step_term_and_checkpoint(tmp_path, during, capsys):
@@ -113,14 +136,58 @@ def test_a_nan_may_be_skipped_and_is_counted(tmp_path, during):
     assert all(w.isfinite().all() for w in state["weights"])
 
 
+def test_skip_is_remembered_and_sees_a_loss_whose_gradient_is_fine(tmp_path, during):
+    """An infinite loss may have a finite gradient; and --on-nan is one of the run's own settings."""
+    class Shouting(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x * float("inf"))
+        backward = staticmethod(lambda ctx, slope: slope)
+    def shout(run):
+        loss = run.module.generator_loss
+        class Module:
+            discriminator_loss = staticmethod(run.module.discriminator_loss)
+            def generator_loss(*given):
+                terms, *others = loss(*given)
+                return {**terms, "diff": Shouting.apply(terms["diff"])}, *others
+        run.module, before[:] = Module, [w.clone() for w in run.weights]
+    before = []
+    undo = during(0, lambda run: os.kill(os.getpid(), signal.SIGINT))
+    assert leaves(tmp_path / "run", "--steps", "2", "--on-nan", "skip") == 0
+    undo(), during(1, shout)
+    train.main(["--resume", str(tmp_path / "run"), "--samples", "0"])
+    state, log = what_is_left(tmp_path / "run")
+    assert same(before, state["weights"]) and [row["skipped"] for row in log] == [0, 1]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_of_the_discriminator_stops_the_run_too(tmp_path, during, capsys, what):
+    def poison(run):
+        if what == "loss":
+            judge = run.judge
+            run.judge = lambda *given: {**judge(*given), "D": float("nan")}
+        else:
+            run.critic_weights[0].register_hook(lambda slope: slope * float("nan"))
+    during(1, poison)
+    assert leaves(tmp_path / "run", "--steps", "3", "--set", "accumulate=2") == 1
+    said = capsys.readouterr().err
+    assert f"step 1: {'D' if what == 'loss' else '|grad D|'} is nan" in said
+    assert "nothing was saved before: begin anew with --overwrite" in said
+
+
+def test_weights_that_a_step_made_infinite_are_not_saved(tmp_path, capsys):
+    assert leaves(tmp_path / "run", "--steps", "1", "--set", "lr=1e39") == 1
+    assert "the weights are no numbers" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_skipping_has_an_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "HABIT", 2)
     assert leaves(tmp_path / "run", "--steps", "9", "--on-nan", "skip", "--set", "lambda_diff=1e36") == 1
     assert "not one of the last 2 steps was finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("real,fake,word", [(1., 1., "nothing left to teach"), (0., 1., "learned nothing"),
-                                            (1., 0., "learned nothing"), (.6, .7, None), (1., .7, None)])
+@pytest.mark.parametrize("real,fake,word", [(1., 1., "nothing left to teach"), (.5, 1., "nothing left to teach"),
+                                            (0., 1., "learned nothing"), (1., 0., "learned nothing"),
+                                            (.6, .7, None), (1., .7, None)])
 def test_a_discriminator_that_collapsed_is_a_warning(real, fake, word):
     log = [{"step": i, "D right on real": real, "D right on fake": fake} for i in range(train.HABIT)]
     assert (word in train.advice(log)) if word else train.advice(log) is None
@@ -150,12 +217,94 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, capsys):
     assert what_is_left(out)[0]["done"] == 4
 
 
-def test_a_log_that_was_cut_off_is_no_obstacle(tmp_path):
+@pytest.mark.parametrize("left", ["012{", "0123", "01x2", "0 2", "0122", "2", "", "01[", "013"])
+def test_a_log_that_was_damaged_is_no_obstacle(tmp_path, left, capsys):
+    """Rows belong to steps, not to lines: none comes twice, and what is lost is said."""
+    out = go(tmp_path / "run", "--steps", "3")
+    rows = {"{": '{"step": 2, "di', "x": "3", "[": "[" * 99999, " ": '{"seconds": 1}',
+            **{str(i): json.dumps({"step": i, "seconds": 1.}) for i in range(4)}}
+    (out / "log.jsonl").write_text("\n".join(rows[c] for c in left))
+    capsys.readouterr()
+    train.main(["--resume", str(out), "--steps", "4", "--samples", "0"])
+    known = sorted({int(c) for c in left.split("x")[0].split(" ")[0] if c in "012"})
+    assert [row["step"] for row in what_is_left(out)[1]] == [*known, 3]
+    assert ("lost" in capsys.readouterr().out) == (len(known) < 3)
+
+
+def test_a_row_that_the_disk_refused_is_written_before_the_next_checkpoint(tmp_path):
+    log = survival.Log(tmp_path / "log.jsonl", 0)
+    log.add({"step": 0, "seconds": 0.}, 9)
+    real, log.file = log.file, type("Full", (), {"write": lambda self, text: real.write(text[:5])})()
+    log.add({"step": 1, "seconds": 1.}, 9)
+    log.file = real
+    log.settle(), log.add({"step": 2, "seconds": 2.}, 9)
+    assert [row["step"] for row in survival.rows_of(log.path)] == [0, 1, 2]
+
+
+def forge(out, change):
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    change(state)
+    torch.save(state, out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["opt_g"]["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda s: s["opt_d"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
+    lambda s: s["opt_g"]["state"].update({9999: s["opt_g"]["state"][0]}),
+    lambda s: s["opt_g"]["state"][0].update(step="x"),
+    lambda s: s.update(done="x"), lambda s: s.update(done=-3), lambda s: s.update(done=1.5),
+    lambda s: s.update(done=None), lambda s: s.update(skipped="x"), lambda s: s.update(of=["add", "glyphs", 0]),
+    lambda s: s["average"][0].fill_(float("nan")), lambda s: s["weights"][0].fill_(float("inf"))])
+def test_a_checkpoint_is_checked_before_it_is_believed(tmp_path, change, capsys):
     out = go(tmp_path / "run", "--steps", "2")
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 2, "di')
-    train.main(["--resume", str(out), "--steps", "3", "--samples", "0"])
-    assert [row["step"] for row in what_is_left(out)[1]] == [0, 1, 2]
+    forge(out, change)
+    assert leaves(out, "--resume", str(out), "--steps", "3", "--samples", "0") == 2
+    assert "damaged or another run's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["--method add", "--seed 3", "--data fashion", "--set lr=1", "--overwrite",
+                                   "--lora 4"])
+def test_a_resumed_run_keeps_its_settings(tmp_path, typed, capsys):
+    out = go(tmp_path / "run", "--steps", "1")
+    assert leaves(out, "--resume", str(out), *typed.split()) == 2
+    assert f"leave out {typed.split()[0]}" in capsys.readouterr().err
+
+
+def test_a_run_of_two_processes_is_not_continued_by_one(tmp_path, capsys):
+    out = go(tmp_path / "run", "--steps", "1")
+    plan = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**plan, "world": 2}))
+    assert leaves(out, "--resume", str(out)) == 2
+    assert f"torchrun --nproc-per-node 2 train.py --resume {out}" in capsys.readouterr().err
+
+
+def test_overwrite_replaces_runs_and_nothing_else(tmp_path, monkeypatch):
+    """What is no run stays; a run that could not even begin leaves a folder that --overwrite still knows."""
+    strange = tmp_path / "model"
+    strange.mkdir()
+    (strange / "config.json").write_text('{"hidden_size": 4}'), (strange / "model.safetensors").write_text("x")
+    assert leaves(strange, "--overwrite") == 2 and len(list(strange.iterdir())) == 2
+    out = go(tmp_path / "run", "--steps", "1")
+    (out / "photo.png").write_text("mine")
+    def full(*_):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(survival, "write", full)
+    assert leaves(out, "--overwrite") == 2
+    monkeypatch.undo()
+    go(out, "--steps", "1", "--overwrite")
+    assert (out / "photo.png").read_text() == "mine"
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "pipeline"
+    for content in ("old", "new"):
+        with survival.whole(target) as partial:
+            partial.mkdir(), (partial / "file").write_text(content)
+    assert (target / "file").read_text() == "new"
+    with pytest.raises(OSError), survival.whole(target) as partial:
+        partial.mkdir(), (partial / "file").write_text("half")
+        raise OSError("no space left on device")
+    assert (target / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow
