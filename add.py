@@ -35,7 +35,7 @@ class Config:
     # the teacher
     weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                          "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
-    lambda_distill: Annotated[float, "paper: weight of the distillation (beside a sum over heads)"] = 2.5
+    lambda_distill: Annotated[float, "ours: the paper's 2.5, but beside a mean over heads"] = 2.5
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     teacher_guidance: Annotated[float, "ours: the teacher's classifier-free guidance"] = 1.0
     teacher_steps: Annotated[int, "paper: sampler steps the teacher takes to its x0"] = 1
@@ -72,6 +72,9 @@ class Config:
                 raise ValueError(f"{name} is a share, 0 to 1")
         if self.ema == 1:
             raise ValueError("ema is below 1: an average that never moves learns nothing")
+        if self.weighting == "nfsd" and (self.teacher_steps, self.teacher_guidance) != (1, 1):
+            raise ValueError("nfsd asks its teacher once, with a scale of its own: "
+                             "leave teacher_steps and teacher_guidance at 1")
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
 
@@ -83,7 +86,8 @@ class Config:
         """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
         path; the student leaps, and between leaps its picture is noised again."""
         return ([("before", steps, {}) for steps in (1, 4, 25)]
-                + [("after", steps, {"fresh": self.fresh, "last": self.last}) for steps in (1, 2, 4)])
+                + [("after", steps, {"fresh": self.fresh, "last": self.last})
+                   for steps in sorted({1, 2, 4, self.student_steps}) if steps <= self.student_steps])
 
     def critic(self, features, text_width):
         known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
@@ -102,8 +106,8 @@ def knowledge(critic, batch, cond, stop, blind, config):
     """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C). c_img is the
     CLS token of the real x_0 (ours: of its own eyes), for below the last time the student sees some of it;
     where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence would give the
-    answer away. The time is `stop` (B,), which of the student's: a discriminator of all its pictures together
-    makes one step sharper because it is soft, and four steps, by the same stroke, too sharp."""
+    answer away. The time is `stop` (B,), which of the student's: one discriminator for all of them
+    matches only their average sharpness: one step stays too soft, four become too sharp."""
     parts = []
     if config.condition in ("both", "text"):
         parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))

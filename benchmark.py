@@ -14,11 +14,13 @@ import sys
 import time
 import weakref
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -224,7 +226,6 @@ def peer():
     """A training step of Stable Diffusion 1.5's small sibling (real classes, random weights) beside a peer.
     The peer is the loop that the text-to-image example of diffusers describes: the same network, batch, loss
     and optimiser."""
-    import torch.nn.functional as F
     from diffusers import DDPMScheduler, UNet2DConditionModel
     import stable
     from denoiser import Denoiser
@@ -276,9 +277,24 @@ class Flash(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+@contextmanager
+def autocast():
+    """What CUDA's autocast does, on the meta device, which has none: products in bf16, norms in fp32."""
+    def cast(function, kind):
+        def to(value):
+            return value.to(kind) if torch.is_tensor(value) and value.is_floating_point() else value
+        return lambda *given, **how: function(*map(to, given), **{key: to(value) for key, value in how.items()})
+    kinds = {"conv2d": torch.bfloat16, "linear": torch.bfloat16, "group_norm": torch.float32,
+             "layer_norm": torch.float32}
+    flash = cast(lambda q, k, v, *_, **__: Flash.apply(q, k, v), torch.bfloat16)
+    with patch.multiple(F, scaled_dot_product_attention=flash,
+                        **{name: cast(getattr(F, name), kind) for name, kind in kinds.items()}):
+        yield
+
+
 def giants(family):
-    """A family's network, the weights of VAE and eyes, all in full size and without values (meta device,
-    bf16), and each one's call for one picture. The configurations are those of the public models."""
+    """A family's network, VAE and eyes, all in full size and without values (meta device), and each one's call
+    for one picture. The configurations are those of the public models."""
     import diffusers
     import stable
     pixels = stable.FAMILIES[family][3]
@@ -310,7 +326,7 @@ def giants(family):
     calls = {"network": call, "encode": lambda: vae.encoder(photograph),
              "decode": lambda: vae.decode(z.requires_grad_()).sample,
              "eyes": lambda: eyes(photograph.requires_grad_())[0][-1]}
-    return network, [*vae.parameters(), *eyes.parameters()], calls
+    return network, vae, eyes, calls
 
 
 def weigh(call, weights):
@@ -330,11 +346,11 @@ def weigh(call, weights):
     return kept.most / 2 ** 30, forward / 1e12, (both - forward) / 1e12
 
 
-def step_of(method, config, size, lean):
+def step_of(method, config, size):
     """GiB of graphs as a function of the batch, and TFLOP of one picture's step. size: {call: weigh's}."""
-    (graph, f, b), (thin, _, again) = size["network"], size["lean"]
-    graph, b = (thin, again) if lean else (graph, b)
-    (_, encode, _), (draw, decode, back), (look, see, mind) = (size[k] for k in ("encode", "decode", "eyes"))
+    (graph, f, b), (_, encode, _), (draw, decode, back), (look, see, mind) = (
+        size[name] for name in ("network", "encode", "decode", "eyes"))
+    back += decode                                           # one picture at a time, drawn again
     if method == "diffusion":
         return (lambda n: n * graph), encode + f + b
     if method == "add":                                      # the teacher answers, and its answer is decoded
@@ -349,33 +365,37 @@ def step_of(method, config, size, lean):
 def large():
     """Large models, by arithmetic, not measured: GiB, and seconds at 400 TFLOP/s, for batches of 1 / 4."""
     import stable
-    rows, plain = [], torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"), patch.object(torch.nn.functional, "scaled_dot_product_attention",
-                                            lambda q, k, v, *_, **__: Flash.apply(q, k, v)):
+    rows = []
+    with torch.device("meta"), autocast():
         for family, learns in itertools.product(stable.FAMILIES, ("LoRA 64", "all")):
-            network, others, calls = giants(family)
+            network, vae, eyes, calls = giants(family)
+            others = [*vae.parameters(), *eyes.parameters()]
+            model = SimpleNamespace(rank=0, network=network, vae=vae, last=None)
             count = sum(w.numel() for w in network.parameters())
+            network.requires_grad_(False)
+            stable.Latent.halve(model)                       # of what learns, too: its bf16 copy is counted
             if learns != "all":
-                stable.Latent.adapt(SimpleNamespace(rank=0, network=network), 64)
+                stable.Latent.adapt(model, 64)
             adapters = sum(w.numel() for w in network.parameters()) - count
+            learns != "all" or network.requires_grad_(True)
             for w in network.parameters():                   # what a gradient takes is counted by the weight
                 w.requires_grad and w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
-            weights, frozen = [*network.parameters(), *others], 4 * sum(w.numel() for w in others)
-            size = {name: weigh(call, weights) for name, call in calls.items()}
-            network.train().enable_gradient_checkpointing()
-            size["lean"] = weigh(calls["network"], weights)
+            weights, sizes = [*network.parameters(), *others], []
+            for lean in (False, True):
+                if lean:
+                    network.train(), vae.train()
+                    stable.Latent.save_memory(model)
+                sizes.append({name: weigh(call, weights) for name, call in calls.items()})
             for method in train.METHODS:
                 held = 22 * count if learns == "all" else 2 * count + 22 * adapters
-                held += frozen + 4 * count * (method == "add" and learns == "all")
+                held += 4 * sum(w.numel() for w in others) + 4 * count * (method == "add" and learns == "all")
                 config = train.settle(method, [], family)
                 cells = [family, method, learns, f"{held / 2 ** 30:.1f}"]
-                for lean in (False, True):
-                    graphs, work = step_of(method, config, size, lean)
+                for size in sizes:
+                    graphs, work = step_of(method, config, size)
                     cells += [" / ".join(f"{held / 2 ** 30 + graphs(n):.0f}" for n in (1, 4)),
                               " / ".join(f"{n * work / 400:.2g}" for n in (1, 4))]
                 rows.append(tuple(cells))
-    torch.set_default_dtype(plain)
     return ["model", "method", "what learns", "weights and what they need, GiB", "with graphs, GiB", "s",
             "`--lean`, GiB", "s"], rows
 

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 SIZE = 32                                                    # pixels, both sides, of every embedded data set
+KINDS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"          # no PostScript: it is a program
 KEEP = 2 ** 30                                               # bytes of pictures that a folder keeps in memory
 
 
@@ -294,6 +295,20 @@ def rows_of(table):
     return rows
 
 
+def within(folder, path):
+    """ValueError if a file lies outside its folder, by name or by link. A snapshot from the Hugging Face hub
+    is a folder of links to the blobs beside it."""
+    home = folder.resolve()
+    homes = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
+    try:
+        inside = any(path.resolve().is_relative_to(one) for one in homes)
+    except (OSError, RuntimeError, ValueError):              # a loop of links, a name that none can have
+        inside = False
+    if not inside:
+        raise ValueError(f"{ascii(str(path))[1:-1][:200]} lies outside {folder}, or can be nowhere: "
+                         "a folder may name its own files only")
+
+
 class Folder:
     """A folder of captioned images: metadata.jsonl, .csv or .parquet with file_name and text (Hugging Face
     'imagefolder'), or a .txt beside each image. Squares are cut from the middle. What fits in a gigabyte is
@@ -326,6 +341,7 @@ class Folder:
         tables = (folder / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet"))
         table = next((table for table in tables if table.is_file()), None)
         if table:
+            within(folder, table)
             paths, captions = [], []
             for number, row in rows_of(table):
                 try:
@@ -341,6 +357,8 @@ class Folder:
         if silent:
             raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
                              f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
+        for path in paths:
+            within(folder, path.with_suffix(".txt"))
         try:
             return paths, [p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for p in paths]
         except UnicodeDecodeError:
@@ -348,25 +366,25 @@ class Folder:
 
     def check(self, folder):
         """No name or link leads out of the folder, and every caption is text."""
-        home = folder.resolve()
         for path, text in zip(self.paths, self.captions):
+            within(folder, path)
             try:
-                inside, where = path.resolve().is_relative_to(home), str(path)
                 text.encode()
             except UnicodeEncodeError:
                 raise ValueError(f"{path}: its caption holds half a character; save it as UTF-8") from None
-            except (OSError, RuntimeError, ValueError):      # a loop of links, a name that none can have
-                inside, where = False, ascii(str(path))
-            if not inside:
-                raise ValueError(f"the picture {where[:200]} lies outside {folder}, or can be nowhere: "
-                                 "a folder may name its own files only")
 
     def read(self, row):
         """-> picture (3, size, size) uint8 and its frame: height and width it had, rows and columns (of the
         scaled picture) cut off above and left. None if it cannot be read."""
         from PIL import Image, ImageOps
         try:
-            with Image.open(self.paths[row]) as image:
+            if not self.paths[row].is_file():
+                raise OSError("there is no such file")
+            with Image.open(self.paths[row], formats=KINDS) as image:
+                if image.width * image.height > 10 ** 8:
+                    raise ValueError("it has more than 100 million pixels")
+                if image.mode in ("I", "F"):
+                    raise ValueError("it has 32 bits per pixel")
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I;16"):            # sixteen bits, which convert would clip to white
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -420,7 +438,7 @@ def contact_sheet(source, path, n=96, seed=0):
         axis.axis("off")
     for axis, picture, text in zip(axes.flat, batch.image, batch.caption):
         axis.imshow((picture.permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top")
+        axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top", parse_math=False)
     figure.subplots_adjust(0, .04, 1, 1, .08, .42)
     figure.savefig(path, dpi=100)
 

@@ -109,6 +109,11 @@ class Denoiser(nn.Module):
         """Recompute every block of the network in the backward pass."""
         raise ValueError("--lean is for sd15, sdxl and sd3: this network is small as it is")
 
+    def prime(self, captions):
+        """Whatever these captions will need is made now, or a ValueError names the first that cannot be."""
+        for i in range(0, len(captions), 64):
+            self.condition(captions[i:i + 64])
+
     def close(self):
         """Every caption that will be asked has been: what only `condition` needs may go."""
 

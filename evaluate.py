@@ -59,6 +59,14 @@ def stops(model, steps, settings):
     return sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
 
 
+def can(model, steps, settings):
+    """Whether `draw` can: a student that knows four times cannot take fifty steps beside its teacher."""
+    try:
+        return len(stops(model, steps, settings)) == steps
+    except ValueError:
+        return False
+
+
 def sample(model, captions, steps, **how):
     """All pictures of `draw` -> (B, 3, H, W)."""
     return torch.cat(list(draw(model, captions, steps, **how)))
@@ -175,17 +183,16 @@ def panel(rows, captions=None):
             axis.set_xticks([]), axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if captions and i == 0:
-                axis.set_title("\n".join(textwrap.wrap(captions[j], 16)), fontsize=6.5)
-        line[0].set_ylabel("\n".join(textwrap.wrap(label, 16)), fontsize=6.5)
+                axis.set_title("\n".join(textwrap.wrap(captions[j], 16)), fontsize=6.5, parse_math=False)
+        line[0].set_ylabel("\n".join(textwrap.wrap(label, 16)), fontsize=6.5, parse_math=False)
     figure.tight_layout(pad=.3)
     return figure
 
 
 def picture(rows, path, captions=None, note=""):
     """The same as a PNG; `note` goes in the file."""
-    partial = Path(path).with_suffix(".part.png")
-    panel(rows, captions).savefig(partial, dpi=160, metadata={"Description": note})
-    partial.replace(path)
+    with survival.whole(path) as partial:
+        panel(rows, captions).savefig(partial, format="png", dpi=160, metadata={"Description": note})
 
 
 def curves(log, path):
@@ -203,9 +210,8 @@ def curves(log, path):
         axis.set_title(key, fontsize=8)
         axis.tick_params(labelsize=6)
     figure.tight_layout()
-    partial = Path(path).with_suffix(".part.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with survival.whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -338,8 +344,15 @@ def check(a):
         raise ValueError(f"--steps {a.steps}: wanted whole numbers with commas, like 4,10,50")
     if not (0 <= (a.fresh or 0) <= 1 and 0 <= (a.guidance or 0) < float("inf")):
         raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
+    if not (0 <= a.seed < 2 ** 63 - 1 and a.samples <= 10 ** 6):
+        raise ValueError("--seed is from 0 to 2^63 - 2, --samples a million at most")
     if not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {a.out}: there is no such folder")
+    if Path(a.out).suffix not in ((".png", ".html") if a.study else (".png",)) or Path(a.out).is_dir():
+        raise ValueError(f"--out {a.out}: wanted the name of a PNG")
+    if a.images and (not Path(a.images).absolute().parent.is_dir() or Path(a.images).is_file()
+                     or Path(a.images).is_dir() and any(Path(a.images).iterdir())):
+        raise ValueError(f"--images {a.images}: wanted a new or empty folder")
     return {k: v for k, v in vars(a).items() if k in ("shift", "fresh", "guidance") and v is not None}
 
 
@@ -347,11 +360,14 @@ def players_of(a):
     """What the command line asks for, checked -> [(label, model, steps, sampler settings)], examiner or None,
     captions of the picture."""
     chosen, found = check(a), find(a, a.models)
-    players = [(one.group, one.model, steps, {**settings, **chosen}) for one in found
-               for steps, settings in ([(int(n), one.rows[0][1]) for n in a.steps.split(",")] if a.steps
-                                       else one.rows)]
-    for _, model, steps, settings in players:
-        stops(model, steps, settings)
+    players = []
+    for one in found:
+        asked = [(int(n), one.rows[0][1]) for n in a.steps.split(",")] if a.steps else one.rows
+        asked = [(steps, {**settings, **chosen}) for steps, settings in asked]
+        able = [way for way in asked if can(one.model, *way)]
+        if not able:
+            stops(one.model, *asked[0])                      # says what is wrong
+        players += [(one.group, one.model, *way) for way in able]
     first = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None
@@ -364,8 +380,10 @@ def players_of(a):
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
     asked = ["", *captions, *(examiner.asked.caption if examiner else [])]
     for one in found:                                        # all that will be asked; the encoders may go
-        one.model.to(parallel.device()).condition(asked)
+        one.model.requires_grad_(False).to(parallel.device()).prime(asked)
         one.model.close()
+        if one.model.heavy and parallel.device().type == "cuda":
+            one.model.halve()
     return players, examiner, captions
 
 
@@ -381,11 +399,11 @@ def ask(a):
     for n, one in zip(steps, found):
         settings = {**one.rows[0][1], **chosen}
         stops(one.model, n, settings)
-        one.model.to(parallel.device()).condition(captions)
+        one.model.to(parallel.device()).prime(captions)
         names.append(f"{one.group}, {in_steps(n)}")
         pictures.append(sample(one.model, captions, n, seed=a.seed, **settings))
     out = Path(a.out).with_suffix(".html")
-    out.write_text(preference.page(names, captions, pictures), encoding="utf-8")
+    survival.write(out, preference.page(names, captions, pictures))
     return out
 
 
@@ -406,12 +424,15 @@ def main(argv=None):
         players, examiner, captions = players_of(a)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    rows, shown = examine(players, captions, examiner, a.seed, a.images)
-    if examiner:
-        print(table(gather(rows)))
-    typed = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    picture(list(dict(shown).items()), a.out, captions if a.prompt is None else None, note=typed)
-    print(f"wrote {a.out}")
+    try:
+        rows, shown = examine(players, captions, examiner, a.seed, a.images)
+        if examiner:
+            print(table(gather(rows)))
+        typed = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        picture(list(dict(shown).items()), a.out, captions if a.prompt is None else None, note=typed)
+        print(f"wrote {a.out}")
+    except OSError as error:
+        parser.exit(2, f"evaluate.py: {error}\n")
 
 
 if __name__ == "__main__":

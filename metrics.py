@@ -67,7 +67,7 @@ class Clip:
     """CLIP, and what was made of it: PickScore and HPSv2 are CLIPs that learned what people prefer."""
 
     def __init__(self, source, flag, device="cpu"):
-        self.model = loaded("CLIPModel", source, flag).to(device)
+        self.model = loaded("CLIPModel", source, flag, use_safetensors=True).to(device)
         self.words = loaded("AutoTokenizer", source, flag)
         self.side = self.model.config.vision_config.image_size
 
@@ -108,10 +108,10 @@ class Panel:
 
     def __init__(self, source, n, judges, device="cpu", seed=1234):
         """judges: {dino, clip, pickscore, hps, aesthetics: folder, file or hub id}, those that there are."""
-        if source.sizes["test"] < 2 * n:
-            raise ValueError(f"--samples {n}: measuring wants twice as many different pictures, and "
-                             f"'{source.name}' has {source.sizes['test']}")
-        self.dino = loaded("Dinov2Model", judges["dino"], "--dino").to(device) if "dino" in judges else None
+        if not source.sizes["test"] or source.sizes["test"] < 2 * n:
+            raise ValueError(f"--samples {n}: measuring wants twice as many different photographs (--data), "
+                             f"and '{source.name}' has {source.sizes['test'] or 'none'}")
+        self.dino = loaded("Dinov2Model", judges["dino"], "--dino", use_safetensors=True).to(device) if "dino" in judges else None
         self.clips = {name: Clip(judges[name], f"--{name}", device)
                       for name in ("clip", "pickscore", "hps") if name in judges}
         if "aesthetics" in judges and "clip" not in judges:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import networks
 import parallel
 import stable
+import survival
 from denoiser import Denoiser
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -93,12 +94,11 @@ def save(module, path, **facts):
     from safetensors.torch import save_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
     state = {k: v.half().contiguous() for k, v in parallel.whole(module.state_dict()).items()}
     if parallel.rank() > 0:
         return
-    save_file(state, partial, {k: json.dumps(v) for k, v in facts.items()})
-    partial.replace(path)
+    with survival.whole(path) as partial:
+        save_file(state, partial, {k: json.dumps(v) for k, v in facts.items()})
 
 
 def load(path):

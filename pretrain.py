@@ -14,6 +14,7 @@ from there when started again, so it may be stopped at will.                  Re
 import argparse
 import json
 import math
+import pickle
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import data
 import losses
 import models
 import networks
+import survival
 
 
 @dataclass
@@ -128,14 +130,19 @@ def fit(which, source, recipe, out, target="flow"):
     optimiser = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
     state, start, spent = out / f"{which}.state", 0, 0.
     if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        if saved["facts"] != facts:
-            raise ValueError(f"{state} is of another data set or target: remove it to start anew")
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
-        optimiser.load_state_dict(saved["optimiser"])
-        torch.set_rng_state(saved["rng"])
-        start, spent = saved["step"], saved["seconds"]
+        try:
+            saved = torch.load(state, weights_only=True)
+            if saved["facts"] != facts:
+                raise ValueError
+            network.load_state_dict(saved["network"])
+            average.load_state_dict(saved["average"])
+            optimiser.load_state_dict(saved["optimiser"])
+            torch.set_rng_state(saved["rng"])
+            start, spent = saved["step"], saved["seconds"]
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
+                pickle.UnpicklingError):
+            raise ValueError(f"{state} is damaged, or of another data set or target: remove it to start "
+                             "anew") from None
     began = last = time.time()
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=which, mininterval=5)
     for step in bar:
@@ -158,11 +165,10 @@ def fit(which, source, recipe, out, target="flow"):
         if time.time() - last > 60 or step == recipe.steps - 1:
             last = time.time()
             seconds = spent + last - began
-            partial = state.with_suffix(".part")
-            torch.save({"network": network.state_dict(), "average": average.state_dict(), "step": step + 1,
-                        "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state(),
-                        "seconds": seconds, "facts": facts}, partial)
-            partial.replace(state)
+            with survival.whole(state) as partial:
+                torch.save({"network": network.state_dict(), "average": average.state_dict(),
+                            "step": step + 1, "optimiser": optimiser.state_dict(),
+                            "rng": torch.get_rng_state(), "seconds": seconds, "facts": facts}, partial)
             finished = deepcopy(average)
             if hasattr(finished, "paint"):
                 del finished.paint

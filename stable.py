@@ -15,19 +15,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
 
 import metrics
 import parallel
+import survival
 from denoiser import Denoiser
 
 
 def schedule(scheduler):
     """A diffusers scheduler -> target, alpha, sigma and time, from the cleanest step to the noisiest. The
     sigmas of a flow are read as they were built: set_timesteps would shift them a second time."""
-    if not hasattr(scheduler, "alphas_cumprod"):
+    kind, said = type(scheduler).__name__, scheduler.config.get("prediction_type")
+    if kind.startswith("FlowMatch"):
         sigma = scheduler.sigmas.double().flip(0)
         return "flow", 1 - sigma, sigma, sigma * scheduler.config.num_train_timesteps
-    target = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[scheduler.config.prediction_type]
+    target = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(said)
+    if target is None or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"its scheduler is a {kind} (prediction_type {said}): wanted one with alphas_cumprod "
+                         "that predicts epsilon, v_prediction or sample, or a FlowMatch… scheduler")
     product = scheduler.alphas_cumprod.double()
     return target, product.sqrt(), (1 - product).sqrt(), torch.arange(len(product))
 
@@ -118,12 +124,19 @@ class Latent(Denoiser):
 
     def save_memory(self):
         self.network.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()             # twice recomputed: its blocks are the largest
 
     def wear(self, path):
         """Adapters from the file that `keep` wrote."""
         from peft import set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
-        layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} has no result yet: train.py --resume finishes the run")
+        try:
+            layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error})") from None
         set_peft_model_state_dict(self.network, layers)
 
     def twin(self):
@@ -151,19 +164,28 @@ class Latent(Denoiser):
         raise NotImplementedError
 
     @torch.no_grad()
-    def condition(self, captions, frame=None):
+    def hear(self, captions):
+        """Have the text encoders read what they have not read yet, and keep it on disk."""
+        from safetensors.torch import save_file
         new = [c for c in dict.fromkeys(captions) if c not in self.read and not self.place(c).is_file()]
         if new and not self.outside:
             raise ValueError(f"the text encoders are gone and never read '{new[0][:80]}'")
-        if new:
-            from safetensors.torch import save_file
+        for i in tqdm(range(0, len(new), 64), "captions", disable=len(new) < 5000):
             self.wake(parallel.device())
             with torch.autocast(parallel.device().type, enabled=False):
-                said = self.ask(new)
-            for i, caption in enumerate(new):
+                said = self.ask(new[i:i + 64])
+            for j, caption in enumerate(new[i:i + 64]):
                 partial = self.place(caption).with_suffix(f".{os.getpid()}")
-                save_file({k: v[i].clone().cpu() for k, v in said.items()}, partial)
+                save_file({k: v[j].clone().cpu() for k, v in said.items()}, partial)
                 partial.replace(self.place(caption))
+
+    def prime(self, captions):
+        self.hear(captions[parallel.rank()::parallel.world()])
+        parallel.agree(False)                                # nobody goes on before all have been read
+
+    @torch.no_grad()
+    def condition(self, captions, frame=None):
+        self.hear(captions)
         read = [self.recall(caption) for caption in captions]
         return {key: torch.stack([one[key].float() for one in read]).to(self.alpha.device) for key in read[0]}
 
@@ -208,12 +230,35 @@ class Latent(Denoiser):
         student = "fresh" in facts["rows"][0][1]
         scheduler = self.few_step_scheduler(max(steps for steps, _ in facts["rows"])) if student else None
         if self.rank:
-            self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state})
+            with survival.whole(out / "pytorch_lora_weights.safetensors") as partial:
+                self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state},
+                                                weight_name=partial.name)
             scheduler and scheduler.save_pretrained(out / "scheduler")
         else:
             pipe = load(self.pipeline, self.source, **({"scheduler": scheduler} if student else {}))
             getattr(pipe, self.part).load_state_dict(state)
-            pipe.save_pretrained(out / "pipeline")
+            with survival.whole(out / "pipeline") as partial:
+                pipe.save_pretrained(partial)
+        survival.write(out / "use.md", self.use(scheduler, facts["rows"]))
+
+    def use(self, scheduler, rows):
+        """How plain diffusers opens the result and draws with it: Markdown."""
+        kind, lines = self.pipeline.__name__, []
+        if self.rank:
+            lines += [f'pipe = diffusers.{kind}.from_pretrained("{self.source}")', 'pipe.load_lora_weights(".")']
+        else:
+            lines += [f'pipe = diffusers.{kind}.from_pretrained("pipeline")']
+        if scheduler is None:
+            lines += [f"image = pipe(prompt, num_inference_steps={rows[0][0]}).images[0]"]
+        elif self.rank:
+            name = type(scheduler).__name__
+            lines += [f'pipe.scheduler = diffusers.{name}.from_pretrained(".", subfolder="scheduler")']
+        for steps, _ in rows if scheduler else []:           # a flow's own spacing would end at a clean step
+            stops = ", ".join(f"{1 - i / steps:g}" for i in range(steps))
+            how = f"sigmas=[{stops}]" if self.target == "flow" else f"num_inference_steps={steps}"
+            lines += [f"image = pipe(prompt, {how}, guidance_scale=1).images[0]"]
+        body = "\n".join(["import diffusers", *lines])
+        return f"In this folder:\n\n```python\n{body}\n```\n"
 
     def few_step_scheduler(self, steps):
         """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under
@@ -282,12 +327,16 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
 
 
 def load(kind, source, **parts):
-    """A diffusers pipeline as it came, without pickles and without Stable Diffusion 1.5's picture censor; in
-    half precision where a folder has nothing else."""
-    held = [path.name for path in Path(source).glob("*/diffusion_pytorch_model*.safetensors")]
-    variant = {"variant": "fp16"} if held and all(".fp16." in name for name in held) else {}
+    """A diffusers pipeline as it came, without pickles, without what it came without (SD 3's T5), and without
+    Stable Diffusion 1.5's picture censor and its eyes; in half precision where a folder has nothing else."""
+    parents = {path.parent for path in Path(source).glob("*/*.safetensors")}
+    halved = any(all(".fp16." in path.name for path in parent.glob("*.safetensors")) for parent in parents)
+    variant = {"variant": "fp16"} if halved else {}
+    if (index := Path(source) / "model_index.json").is_file():
+        parts = {key: None for key, value in json.loads(index.read_text()).items()
+                 if value == [None, None]} | parts
     if kind.__name__ == "StableDiffusionPipeline":
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return kind.from_pretrained(source, use_safetensors=True, **variant, **parts)
 
 
@@ -301,15 +350,17 @@ def pipeline(model, weights, size):
         library.utils.logging.disable_progress_bar()
     adapter, name, home, pixels = FAMILIES[model]
     source = str(weights or home)
-    if (run := Path(source) / "config.json").is_file():      # of train.py: its result, whole or adapters
-        plan = json.loads(run.read_text())
+    index, run = Path(source) / "model_index.json", Path(source) / "config.json"
+    if run.is_file() and not index.is_file():                # of train.py: its result, whole or adapters
+        plan = survival.read_plan(run)
         if (Path(source) / "pipeline").is_dir():
             return pipeline(model, Path(source) / "pipeline", size or plan["size"])
+        if not plan["lora"] or Path(plan["weights"] or ".").resolve() == Path(source).resolve():
+            raise FileNotFoundError(f"{source} has no result yet: train.py --resume finishes the run")
         denoiser = pipeline(model, plan["weights"], size or plan["size"])
         denoiser.adapt(plan["lora"])
         denoiser.wear(Path(source) / "pytorch_lora_weights.safetensors")
         return denoiser
-    index = Path(source) / "model_index.json"
     if Path(source).exists() and not index.is_file():
         raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")
     if index.is_file() and (held := json.loads(index.read_text()).get("_class_name")) != name:
@@ -320,9 +371,9 @@ def pipeline(model, weights, size):
         pipe = load(getattr(diffusers, name), source)
     except Exception as error:                               # hub, disk, JSON, safetensors: each has its own
         why = str(error).strip().split("\n")[0][:200]
-        what = ("complete it, or copy it again" if index.is_file() else
-                f"accept its licence at https://huggingface.co/{source} and log in (`hf auth login`), "
-                "or name a local diffusers folder with --weights")
+        what = ("complete it, copy it again, or convert its .bin files to .safetensors" if index.is_file() else
+                f"look whether the network is there, and whether https://huggingface.co/{source} wants its "
+                "licence accepted and a login (`hf auth login`); or name a local diffusers folder with --weights")
         raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
     return adapter(pipe, size or pixels, source)
 

@@ -27,7 +27,7 @@ PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "featur
         "steps": int, "set": list}
 PRODUCTS = ("checkpoint.pt", "log.jsonl", "result.json", "table.md", "curves.png", "before_after.png",
             "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors", "pipeline", "scheduler",
-            "*.part")
+            "use.md", "*.part")
 
 
 # ----------------------------------------------------------------------------------------- files and folder
@@ -171,7 +171,7 @@ class Log:
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 def save(run, out, facts, log):
-    """One checkpoint with everything, and the result in a form that others load (a heavy one at the end).
+    """One checkpoint with everything, and the result in a form that others load (a whole pipeline at the end).
     OSError, in every process, and the checkpoint before is as it was, where the disk does not take it;
     ArithmeticError where a step was so long that its weights are no numbers any more."""
     if parallel.agree(not all(parallel.mine(w).isfinite().all() for w in [*run.weights, *run.average])):
@@ -185,7 +185,8 @@ def save(run, out, facts, log):
     def result():
         with run.averaged() as model:
             model.keep(out, steps=run.done, **facts)
-    for write_it in [checkpoint, *([result] if run.done == run.steps or not run.model.heavy else [])]:
+    light = not run.model.heavy or run.model.rank
+    for write_it in [checkpoint, *([result] if run.done == run.steps or light else [])]:
         trouble = None
         try:
             write_it()

@@ -56,8 +56,8 @@ def read(kind, text):
         number = kind(text)
     except ValueError:
         number = -1
-    if not 0 <= number < float("inf"):
-        raise ValueError("a whole number, 0 or more" if kind is int else "a number, 0 or more")
+    if not 0 <= number < (10 ** 6 + 1 if kind is int else float("inf")):
+        raise ValueError("a whole number from 0 to a million" if kind is int else "a number, 0 or more")
     return number
 
 
@@ -95,7 +95,7 @@ def provenance(config, module, model):
 def gradient_norm(weights, before):
     """Norm of what was added to the gradients since `before`: one loss term's own."""
     pairs = [(w.grad, then) for w, then in zip(weights, before) if w.grad is not None]
-    added = [now if then is None else now - then for now, then in pairs]
+    added = (now if then is None else now - then for now, then in pairs)      # one at a time, for memory
     return float(torch.stack([parallel.whole(one.norm()) for one in added]).norm())
 
 
@@ -171,13 +171,14 @@ class Run:
     def generate(self, shard, batch, learns):
         """The generator's half, one micro-batch: its gradients -> figures, the picture, and what the
         discriminator may know. Now and then each term's own norm: terms may share a graph, and taking them
-        one by one walks it more than once."""
+        one by one walks it more than once. (Not where the copy of all gradients would be gigabytes.)"""
         torch.manual_seed(self.dice(shard, "generator"))
         with models.half_precision(), torch.set_grad_enabled(learns):
             terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
                                                             self.config)
         seen = {name: term.item() for name, term in terms.items()}
-        if learns and (self.done - self.warmup) % MEASURE == 0:
+        small = not self.model.heavy or self.model.rank
+        if learns and small and (self.done - self.warmup) % MEASURE == 0:
             last = list(terms)[-1]
             for name, term in terms.items():
                 before = [None if w.grad is None else w.grad.clone() for w in self.weights]
@@ -321,7 +322,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--method", default="adt", help=", ".join(METHODS))
     parser.add_argument("--model", default="tiny", help=", ".join(["tiny", *models.FAMILIES]))
-    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
+    parser.add_argument("--data", help="glyphs (default), fashion, or a folder of captioned images")
     parser.add_argument("--weights", help="start from this file or folder (default: the shipped base); for "
                         "real models a diffusers folder or hub id (default: the family's public one)")
     parser.add_argument("--features", help="folder or hub id of the discriminator's frozen network "
@@ -372,7 +373,11 @@ def plan_of(arguments):
                              f"{again(out, plan['world'])}")
         plan["on_nan"] = arguments.on_nan or plan["on_nan"]
     else:
-        plan = {**vars(arguments), "world": parallel.world(), "on_nan": arguments.on_nan or "stop"}
+        if not arguments.data and arguments.model != "tiny":
+            raise ValueError(f"--model {arguments.model} wants --data, a folder of captioned images")
+        if not 0 <= arguments.seed < 2 ** 63 or not 0 <= arguments.samples <= 10 ** 6:
+            raise ValueError("--seed is from 0 to 2^63 - 1, --samples from 0 to a million")
+        plan = {**vars(arguments), "data": arguments.data or "glyphs", "world": parallel.world(), "on_nan": arguments.on_nan or "stop"}
         plan = {key: plan[key] for key in survival.PLAN if key != "steps"}
         words = [plan["method"], *{plan["model"]} - {"tiny"}, Path(plan["data"]).name, *plan["set"],
                  f"seed{plan['seed']}"]
@@ -403,9 +408,9 @@ def prepare(arguments):
     for _, steps, settings in config.rows():
         evaluate.stops(model, steps, settings)
     said = ["", getattr(config, "negative", ""), *source.phrases]
-    with torch.no_grad():                                    # whatever the data can say must be understood
-        for i in tqdm(range(0, len(said), 64), "captions", disable=len(said) < 5000):
-            text_width = model.condition(said[i:i + 64])["pooled"].shape[1]
+    with torch.no_grad():
+        model.prime(said)                                    # whatever the data can say must be understood
+        text_width = model.condition([""])["pooled"].shape[1]
     if source.closed:
         model.close()
     torch.manual_seed(plan["seed"])
@@ -481,13 +486,15 @@ def main(argv=None):
     def kept(command):
         return (f"the checkpoint of step {run.saved} is good: {command}" if run.saved else
                 "nothing was saved before: begin anew with --overwrite")
+    calm = "a smaller lr, lr_d or lambda_adv"
+    if not run.model.heavy or run.model.rank:                # its result is written with each checkpoint
+        calm += f" (--weights {out})"
     try:
         with survival.patience() as asked:
             loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings),
                  asked, log)
     except ArithmeticError as error:
-        leave(1, f"\ntrain.py: {error}; {kept(f'go on from it (--weights {out})')} and other settings (a smaller "
-                 f"lr, lr_d or lambda_adv), or leave such steps out: {kept(go_on)} --on-nan skip\n")
+        leave(1, f"\ntrain.py: {error}; {kept(go_on)} --on-nan skip leaves such steps out; {calm} may help\n")
     except (ValueError, OSError) as error:                   # the data, or the disk; perhaps here alone
         if parallel.world() == 1:
             with suppress(OSError, ArithmeticError):

@@ -438,7 +438,122 @@ def test_batches_of_any_size_work(world, n, condition):
 @pytest.mark.parametrize("bad,sentence", [({"student_steps": 0}, "1 or more"),
                                           ({"ema": 1.}, "ema is below 1"),
                                           ({"terminal": 1.5}, "terminal is a share"),
+                                          ({"weighting": "nfsd", "teacher_steps": 2}, "nfsd asks"),
+                                          ({"weighting": "nfsd", "teacher_guidance": 2.}, "nfsd asks"),
                                           ({"lambda_adv": 0., "lambda_distill": 0.}, "nothing is left")])
 def test_settings_that_make_no_sense_are_a_sentence(bad, sentence):
     with pytest.raises(ValueError, match=sentence):
         add.Config(**bad)
+
+
+@pytest.mark.equation("ADD eq. 3")
+@pytest.mark.parametrize("real,made,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
+def test_the_hinge_asks_the_real_to_be_high_and_the_fake_to_be_low(world, real, made, loss):
+    class Says:
+        features = world[2].features
+        def score(self, maps, known):
+            return [torch.full((4, 1), real)]
+        def __call__(self, _, picture, known):
+            return [torch.full((4, 1), made)]
+    terms, _, _ = add.discriminator_loss(Says(), world[3], world[3].image, None, add.Config(gamma=0.))
+    assert terms["D"].item() == pytest.approx(loss)
+
+
+class Spy(torch.nn.Module):
+    """Stands before a critic and remembers what it was shown and told."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.critic, self.features, self.seen = critic, critic.features, []
+
+    def score(self, maps, known):
+        return self.critic.score(maps, known)
+
+    def forward(self, _, picture, known):
+        self.seen.append((picture.detach(), known))
+        return self.critic(_, picture, known)
+
+
+def overheard(monkeypatch, model):
+    """Every caption vector a network is called with."""
+    heard, predict = [], model.predict
+    def watched(x, t, cond, *rest):
+        heard.append(cond["pooled"].clone())
+        return predict(x, t, cond, *rest)
+    monkeypatch.setattr(model, "predict", watched)
+    return heard
+
+
+@pytest.mark.parametrize("own", [0., 1.])
+def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch, own):
+    """Student, its leaps in between, teacher, discriminator: row by row."""
+    model, teacher, critic, batch = world
+    spy, said = Spy(critic.eval()), model.condition(batch.caption)["pooled"]
+    heard = overheard(monkeypatch, model), overheard(monkeypatch, teacher)
+    add.generator_loss(model, teacher, spy, batch, add.Config(terminal=0., own=own, augment=0.))
+    assert len(heard[0]) == (4 if own else 1) and len(heard[1]) == 1
+    for rows in (*heard[0], *heard[1]):
+        torch.testing.assert_close(rows, said)
+    about_text, about_image = spy.seen[0][1][:, :128], spy.seen[0][1][:, 128:-4]
+    torch.testing.assert_close(about_text, torch.nn.functional.layer_norm(said, said.shape[1:]))
+    torch.testing.assert_close(about_image, critic.features.summary(batch.image) * (1 - own))
+
+
+def test_what_the_discriminator_is_shown_is_in_range_and_augmented(world, monkeypatch):
+    """Both halves, both pictures: an adversary that is shown more than is judged finds it."""
+    model, teacher, critic, batch = world
+    shown, decode = [], model.decode
+    monkeypatch.setattr(model, "decode", lambda z: 5 * decode(z))
+    monkeypatch.setattr(teacher, "decode", lambda z: decode(z))
+    def augment(picture, *_):
+        shown.append(picture)
+        return 0 * picture + .125 * len(shown)
+    monkeypatch.setattr(discriminator, "augment", augment)
+    spy = Spy(critic.eval())
+    _, fake, known = add.generator_loss(model, teacher, spy, batch, add.Config())
+    add.discriminator_loss(spy, batch, fake, known, add.Config(gamma=0.))
+    assert shown[0] is fake and fake.abs().max() <= 1 and len(shown) == 3
+    assert shown[1] is batch.image and torch.equal(shown[2], fake) and not shown[2].requires_grad
+    assert [picture.unique().tolist() for picture, _ in spy.seen] == [[.125], [.375]]
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_the_distance_is_taken_where_it_is_said(toy, monkeypatch):
+    """A decoder that doubles quadruples the squared distance in pixels, and leaves it in latents."""
+    model, found = toy(), {}
+    monkeypatch.setattr(model, "decode", lambda z: 2 * z)
+    batch = data.Batch(torch.randn(8, 2, 4, 4, dtype=torch.float64), ["ab"] * 8, None, None)
+    for space in ("pixel", "latent"):
+        torch.manual_seed(0)
+        config = add.Config(space=space, lambda_adv=0., condition="none", timed=False)
+        found[space] = add.generator_loss(model, model, None, batch, config)[0]["distill"].item()
+    assert found["pixel"] == pytest.approx(4 * found["latent"])
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_the_teachers_guidance_is_the_one_that_was_set(toy):
+    teacher, x0, said = toy(), torch.randn(16, 2, 4, 4, dtype=torch.float64), []
+    for guidance in (1., 2., 4.):
+        torch.manual_seed(0)
+        config = add.Config(teacher_guidance=guidance)
+        said.append(add.advice(teacher, x0, teacher.condition(["abc"] * 16), config)[0])
+    torch.testing.assert_close(said[2] - said[0], 3 * (said[1] - said[0]))
+    assert (said[1] - said[0]).abs().max() > .01
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_nfsd_never_divides_by_an_alpha_of_zero(toy):
+    teacher, x0 = toy(), torch.randn(8192, 2, 2, 2, dtype=torch.float64)     # T itself would come eight times
+    target, weight = add.advice(teacher, x0, teacher.condition(["a"] * 8192), add.Config(weighting="nfsd"))
+    assert target.isfinite().all() and weight.isfinite().all()
+
+
+def test_the_leaps_in_between_forget_as_much_noise_as_they_will_in_use(toy, monkeypatch):
+    model, asked, leaps = toy(), [], sampler.few_step
+    def watched(model, noise, times, cond, fresh, **rest):
+        asked.append(fresh)
+        return leaps(model, noise, times, cond, fresh, **rest)
+    monkeypatch.setattr(sampler, "few_step", watched)
+    add.leap(model, torch.randn(16, 2, 4, 4, dtype=torch.float64), model.condition(["a"] * 16),
+             add.Config(fresh=.3, own=1., terminal=0.))
+    assert asked == [.3]

@@ -184,3 +184,31 @@ def test_batches_of_any_size_work(world, n):
     terms, fake, known = adt.generator_loss(model, None, critic, small, adt.Config(path_steps=2, guidance=2.))
     found, _, _ = adt.discriminator_loss(critic, small, fake, known, adt.Config())
     assert all(v.isfinite() for v in (*terms.values(), *found.values()))
+
+
+def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch):
+    """The network, off and on its path, and the discriminator: row by row."""
+    model, _, batch = world
+    heard, predict, told = [], model.predict, []
+    def watched(x, t, cond, *rest):
+        heard.append(cond["pooled"].clone())
+        return predict(x, t, cond, *rest)
+    monkeypatch.setattr(model, "predict", watched)
+    class Listener(Recorder):
+        def forward(self, real, other, text):
+            told.append(text)
+            return super().forward(real, other, text)
+    config, said = adt.Config(path_steps=3, drop_caption=0.), model.condition(batch.caption)["pooled"]
+    _, _, known = adt.generator_loss(model, None, Listener(0.), batch, config)
+    assert len(heard) == 4 and len(told) == 1
+    for rows in (*heard, *told, known):
+        torch.testing.assert_close(rows, said)
+
+
+def test_the_discriminator_is_shown_pictures_in_range(world, monkeypatch):
+    model, _, batch = world
+    decode, shown = model.decode, Recorder(0.)
+    monkeypatch.setattr(model, "decode", lambda z: 5 * decode(z))
+    _, fake, _ = adt.generator_loss(model, None, shown, batch, adt.Config(path_steps=2, augment=0.))
+    assert fake.abs().max() <= 1
+    torch.testing.assert_close(shown.pairs[0][1], fake)

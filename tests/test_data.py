@@ -1,6 +1,7 @@
 """Pictures and captions: what the data promise, they keep."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -156,6 +157,46 @@ def test_bad_folders_each_get_a_sentence(tmp_path):
     assert "UTF-8" in complaint(tmp_path / "latin")
     (folder(tmp_path / "gone") / "0.png").unlink()
     assert "0.png" in complaint(tmp_path / "gone")
+
+
+def test_what_a_data_folder_may_not_do(tmp_path, monkeypatch):
+    """No file of it leads out, none is a program, none waits for ever, none fills the memory."""
+    def complaint(name, prepare, table=True):
+        prepare(folder(tmp_path / name, table=table))
+        with pytest.raises((ValueError, OSError)) as caught:
+            data.build(str(tmp_path / name))
+        return str(caught.value)
+
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (tmp_path / "elsewhere.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
+    def link(name, target):
+        return lambda path: ((path / name).unlink(), (path / name).symlink_to(target))
+    assert "1.txt lies outside" in complaint("caption", link("1.txt", tmp_path / "secret"), table=False)
+    assert "jsonl lies outside" in complaint("table", link("metadata.jsonl", tmp_path / "elsewhere.jsonl"))
+    assert "lies outside" in complaint("picture", link("0.png", tmp_path / "caption" / "2.png"))
+    called = tmp_path / "called"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    assert "0.png" in complaint("program", lambda path: (path / "0.png").write_bytes(program))
+    assert not called.exists()
+    def pipe(path):
+        (path / "0.png").unlink(), os.mkfifo(path / "0.png")
+    assert "no such file" in complaint("pipe", pipe)
+    assert "32 bits" in complaint("deep", lambda path: Image.new("F", (9, 9)).save(path / "0.png", "TIFF"))
+    def vast(path):
+        Image.new("1", (12000, 9000)).save(path / "0.png")
+    assert "100 million pixels" in complaint("vast", vast)
+
+
+def test_a_snapshot_of_the_hub_is_a_folder_of_links(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "3f2a"
+    folder(blobs, n=4)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert len(set(data.build(str(snapshot)).batch(4, g()).caption)) == 4
 
 
 def test_tables_may_be_csv_and_parquet_says_what_it_needs(tmp_path):

@@ -32,7 +32,8 @@ WEIRD = {"empty": "", "blank": "  \t ", "10,000 characters": "cat " * 2500, "one
          "markup": "<script>alert(1)</script>", "a shell's": "$(touch canary); `touch canary`",
          "a path": "../../etc/passwd", "a format's": "%s %n {0} {x.__class__}"}
 TYPED = {  # main: command lines, as typed
-    train: """--method | --method gan | --method ADT | --model dalle | --model sd15 --weights nowhere
+    train: """--method | --method gan | --seed 99999999999999999999 | --samples 99999999999
+        --set batch=100000000000 | --model sd15 | --method ADT | --model dalle | --model sd15 --weights nowhere
         --model sd15 --weights . | --model sdxl --weights nobody | --model sd3 --size 100 --weights .
         --data cats | --data /dev/null | --data README.md | --data ../.. | --steps 0 | --steps -3
         --steps 1.5 | --steps many | --steps 99999999999999999999x | --samples 3 | --samples -1 | --samples x
@@ -50,7 +51,9 @@ TYPED = {  # main: command lines, as typed
         base --fresh 2 | base --shift 0 | base --shift -1 | base --shift nan | base --samples 3
         base --samples x | base --split moon | base --split held_out --data fashion
         base --data cats | --data /dev/null | base --prompt zebra | base --out /nowhere/x.png
-        base --model dalle | base --seed x | --nonsense | base --model sd15 --weights nowhere --data glyphs
+        base --model dalle | base --seed x | base --seed 99999999999999999999 | base --out notes.txt
+        base --out tests | base --images README.md | base --images tests | base --samples 99999999999
+        --nonsense | base --model sd15 --weights nowhere --data glyphs
         add --data cats | base --size 64""",
     pretrain: """--data cats | --steps 0 | --steps x | --target z | --only everything | --out README.md
         --nonsense | --data README.md""",
@@ -229,7 +232,8 @@ def checkpoints():
         with zipfile.ZipFile(packed, "w") as file:
             file.writestr("archive/data.pkl", pickle.dumps(Evil()))
         return packed.getvalue()
-    state = {"weights": [], "average": [], "done": 0, "critic": {}, "opt_g": {}, "opt_d": {}}
+    state = {"of": ["adt", "glyphs", 0], "weights": [], "average": [], "done": 0, "skipped": 0, "critic": {},
+             "opt_g": {}, "opt_d": {}}
     held = {
         "0 bytes": b"", "text": b"no checkpoint", "zero bytes": b"\0" * 1000, "a list": bundle([1, 2]),
         "a number": bundle(3), "an empty dictionary": bundle({}),
@@ -251,7 +255,8 @@ def checkpoints():
 def plans():
     """A run's config.json, after somebody edited it."""
     plan = {"method": "adt", "model": "tiny", "data": "glyphs", "weights": None, "features": None,
-            "size": None, "lora": 0, "lean": False, "shard": False, "seed": 0, "steps": 2, "set": []}
+            "size": None, "lora": 0, "lean": False, "shard": False, "on_nan": "stop", "world": 1, "seed": 0,
+            "steps": 2, "set": []}
     held = {"empty": b"", "text": b"no plan", "a list": b"[]", "null": b"null", "nothing in it": b"{}",
             "zero bytes": b"\0" * 50, "nested 100,000 deep": b"[" * 100000,
             **{f"{key} is {value!r}": json.dumps({**plan, key: value}).encode() for key, value in [
@@ -259,7 +264,8 @@ def plans():
                  ("data", "cats"), ("data", 3), ("data", None), ("seed", "x"), ("seed", None),
                  ("steps", "many"), ("steps", 0), ("steps", -1), ("steps", None), ("steps", 1.5),
                  ("set", "batch=2"), ("set", 3), ("set", [3]), ("set", ["batch"]),
-                 ("weights", "nowhere"), ("weights", 3), ("size", "big"),
+                 ("weights", "nowhere"), ("weights", 3), ("size", "big"), ("world", 2), ("world", "x"),
+                 ("on_nan", 3),
                  ("size", 64), ("lora", "x"), ("features", 5), ("shard", "yes"), ("set", None)]}}
     for what, content in held.items():
         yield "config.json", what, resumed, ["config.json", content]
@@ -336,7 +342,8 @@ def outcome(act, arguments, folder):
 
 def untouched():
     """When what lies in the repository was last written to."""
-    return {p: p.stat().st_mtime_ns for p in ROOT.iterdir() if "cache" not in p.name}
+    return {p: p.stat().st_mtime_ns for p in ROOT.rglob("*")
+            if not {".git", "__pycache__", ".pytest_cache", ".venv", "venv"} & set(p.relative_to(ROOT).parts)}
 
 
 @pytest.mark.parametrize("act,arguments", [case[2:] for case in CASES],

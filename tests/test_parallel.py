@@ -56,6 +56,20 @@ def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, ext
             assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
 
 
+def test_a_sharded_run_goes_on(world, tmp_path):  # noqa: F811
+    """Weights, average and moments are spread again over the processes; one alone may not take the run."""
+    typed = [*command(world, "sdxl"), "--method", "diffusion", "--set", "batch=1", "--shard", "--lean"]
+    whole, log = go(tmp_path / "whole", 2, *typed, "--steps", "2")
+    go(tmp_path / "parts", 2, *typed, "--steps", "1")
+    parts, after = go(tmp_path / "parts", 2, "--resume", str(tmp_path / "parts"), "--steps", "2", "--samples", "0")
+    assert [row["step"] for row in after] == [0, 1] and parts["done"] == 2
+    assert [row["diff"] for row in after] == [row["diff"] for row in log]
+    assert same(parts["weights"], whole["weights"]) and same(parts["opt_g"]["state"], whole["opt_g"]["state"])
+    alone = subprocess.run(command_line(1, "--resume", str(tmp_path / "parts")), cwd=ROOT, text=True,
+                           capture_output=True)
+    assert alone.returncode == 2 and "torchrun --nproc-per-node 2 train.py --resume" in alone.stderr
+
+
 def test_two_processes_go_on_bit_by_bit(tmp_path):
     """The scheduler stops torchrun with SIGTERM: both finish the same step, save, and later go on as if
     nothing had happened."""

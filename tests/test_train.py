@@ -227,7 +227,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train, "loop", lambda *rest: None)   # dies before its first step
     with pytest.raises(SystemExit):
         go(out, "--steps", "1", "--overwrite")
-    assert [p.name for p in out.iterdir()] == ["config.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "log.jsonl"]
 
 
 def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
