@@ -133,6 +133,8 @@ def examine(players, captions, examiner=None, seed=0, out=None):
     """[(name, model, steps, sampler settings)] -> rows for `table` (none without an examiner), the real
     pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
     rows, shown = [], []
+    if examiner and out:                                     # beside them, for other tools to measure against
+        folder_of(examiner.reference.image, examiner.reference.caption, Path(out, "real pictures"))
     for name, model, steps, settings in players:
         label = f"{name}, {in_steps(steps)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))

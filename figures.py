@@ -2,11 +2,13 @@
 
     python evaluate.py --figures         (half an hour the first time; what is in figures/ already is kept)
 
-Remove a picture to have it drawn anew. Each carries the command that makes it and the commit it was made at.
+Remove a picture to have it drawn anew; one whose function has changed is. Each carries the command that makes
+it and the commit it was made at.
 What was measured lies in results/.
 """
 
 import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -61,7 +63,7 @@ def axes(columns, width=4., height=3.):
 # ------------------------------------------------------------------------------------------- pictures
 
 def glyphs():
-    """What the base draws, and how: ten captions, fifty steps."""
+    """What the base draws in 4, 10 and 50 steps, with guidance 2."""
     captions = data.build("glyphs").batch(12, torch.Generator().manual_seed(7)).caption
     return evaluate.panel([(f"{n} steps", evaluate.sample(shipped("base", "glyphs")[0], captions, n, seed=1,
                                                           guidance=2.)) for n in (4, 10, 50)], captions)
@@ -104,18 +106,23 @@ def path():
 
 
 def gradient():
-    """The gradient's norm against the length of the path: cut, and through everything."""
+    """The gradient's norm against the length of the path: cut, and through everything. Twelve batches of eight
+    pictures, a thin line each; the thick one is their mean."""
     figure, (axis,) = axes(1, 5.)
-    batch = data.build("glyphs").batch(8, torch.Generator().manual_seed(0))
-    model, lengths = shipped("base", "glyphs")[0], (1, 2, 5, 10, 25, 50)
-    cond, target = model.condition(batch.caption), model.encode(batch.image)
-    for label, leak, style in (("input detached (ADT)", 0., "o-"), ("through everything", 1., "s-")):
-        norms = []
-        for n in lengths:
-            x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
-            norms.append(path_gradient(model, x, n, cond, target, train=set(range(n)), leak=leak))
-        axis.plot(lengths, norms, style, ms=4, label=label, color=COLOURS["add" if leak else "adt"])
-    axis.set(xlabel="steps of the path", ylabel="gradient norm", ylim=(0, None))
+    source, model, lengths = data.build("glyphs"), shipped("base", "glyphs")[0], (1, 2, 5, 10, 25, 50)
+    for label, leak, colour in (("input detached (ADT)", 0., "adt"), ("through everything", 1., "add")):
+        norms = torch.zeros(12, len(lengths))
+        for i in range(12):
+            batch = source.batch(8, torch.Generator().manual_seed(i))
+            cond, target = model.condition(batch.caption), model.encode(batch.image)
+            for j, n in enumerate(lengths):
+                x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(i))
+                norms[i, j] = path_gradient(model, x, n, cond, target, train=set(range(n)), leak=leak)
+        axis.plot(lengths, norms.T, lw=.5, alpha=.5, color=COLOURS[colour])
+        axis.plot(lengths, norms.mean(0), "o-", ms=4, label=label, color=COLOURS[colour])
+    axis.set(xlabel="steps of the path", ylabel="gradient norm", xscale="log", yscale="log", xticks=lengths,
+             xticklabels=lengths, yticks=(.1, 1, 10), yticklabels=(.1, 1, 10))
+    axis.minorticks_off()
     axis.legend(fontsize=8)
     figure.tight_layout()
     return figure
@@ -142,26 +149,39 @@ def steps():
 
 
 def minutes():
-    """FD against minutes of training, all runs of the studies."""
+    """FD against minutes of training, all lengths of the studies: mean and spread of the seeds. At zero minutes
+    the base, as many steps as the method's own; the wide line is what real pictures score."""
     (figure, both), found = axes(2), studies()
     for axis, dataset in zip(both, ("fashion", "glyphs")):
-        for name, (marker, colour, wanted) in {"adt": ("o", "tab:blue", ", 10 steps"),
-                                               "add": ("s", "tab:red", ", 1 step")}.items():
-            rows = found.get(f"{name}-{dataset}", [])
-            labels = [label for label, f in rows if f.get("minutes") and label.endswith(wanted)]
-            for label in dict.fromkeys(labels):
-                points = [(f["minutes"], f["fd"]) for other, f in rows if other == label]
-                axis.plot(*zip(*points), marker, ms=4, alpha=.7, label=label,
-                          color="tab:gray" if label.startswith("diffusion") else colour)
-        axis.set(title=dataset, xlabel="minutes of one core", ylabel="FD", xlim=(0, None), ylim=(0, None))
-        axis.legend(fontsize=5)
+        for name, word, way in (("adt", "diffusion loss alone", ", 10 steps"),
+                                ("adt", "ADT, the default", ", 10 steps"),
+                                ("add", "ADD", ", 1 step")):
+            rows, points = found.get(f"{name}-{dataset}", []), {}
+            for label, f in rows:
+                if label.startswith((word, "base")) and label.endswith(way):
+                    points.setdefault(f.get("minutes") or 0., []).append(f["fd"])
+            if len(points) < 2:
+                continue
+            x, fds = zip(*((m, torch.tensor(points[m])) for m in sorted(points)))
+            gap = [[float(fd.mean() - fd.min()) for fd in fds], [float(fd.max() - fd.mean()) for fd in fds]]
+            colour = "tab:gray" if word[0] == "d" else COLOURS[name]
+            axis.errorbar(x, [float(fd.mean()) for fd in fds], gap, marker="o", ms=3, lw=1, capsize=2, color=colour,
+                          label=f"{word.partition(',')[0]}{way}")
+        floor = [f["fd"] for label, f in found.get(f"add-{dataset}", []) if label == "real pictures"]
+        axis.axhline(floor[0], color="k", lw=4, alpha=.2) if floor else None
+        ticks = (.7, 1, 2, 3, 5, 10, 20, 50)
+        axis.set(title=dataset, xlabel="minutes of one core", ylabel="FD", yscale="log")
+        axis.set_yticks(ticks, labels=ticks)
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
     figure.tight_layout()
     return figure
 
 
 def attention():
-    """Where a critic finds real pictures and four-step pictures of the base wanting: its verdict per token.
-    It has learned for 300 steps from fixed pictures. Blue is real, red is fake."""
+    """Where a critic finds real pictures and four-step pictures of the base wanting: the verdicts of its finest
+    head, less their mean, on the picture; above, the mean of all heads' on the real and on the made one. It has
+    learned for 300 steps from fixed pictures."""
     torch.manual_seed(0)
     source, (model, _) = data.build("fashion"), shipped("base", "fashion")
     batch = source.batch(1024, torch.Generator().manual_seed(3))
@@ -180,12 +200,17 @@ def attention():
     shown = torch.cat([batch.image[:12], fakes[:12]])
     with torch.no_grad():
         verdicts = critic(None, shown, cond[:12].repeat(2, 1))                # one (24, N) per head
-    verdict = sum(F.interpolate(d.view(24, 1, int(d.shape[1] ** .5), -1), 32) for d in verdicts)
-    verdict = (verdict / verdict.abs().quantile(.95)).clamp(-1, 1)
-    heat = 1 - 2 * torch.cat([verdict.clamp(min=0), verdict.abs(), -verdict.clamp(max=0)], 1)
-    rows = [("real", shown[:12]), ("its verdict", heat[:12]),
-            ("base, 4 steps", shown[12:]), ("its verdict", heat[12:])]
-    return evaluate.panel(rows, batch.caption[:12])
+    overall = sum(d.mean(1) for d in verdicts) / len(verdicts)
+    fine = verdicts[0] - verdicts[0].mean(1, keepdim=True)                    # the stem's head has most places
+    side = int(fine.shape[1] ** .5)
+    fine = F.interpolate(fine.view(24, 1, side, side), 32, mode="bilinear")
+    fine = (fine / fine.abs().quantile(.98)).clamp(-1, 1)
+    heat = 1 - 2 * torch.cat([fine.clamp(min=0), fine.abs(), -fine.clamp(max=0)], 1)
+    over = .35 * shown + .65 * heat
+    rows = [("real", shown[:12]), ("worse (red) than the rest of it", over[:12]),
+            ("base, 4 steps", shown[12:]), ("worse (red) than the rest of it", over[12:])]
+    return evaluate.panel(rows, [f"{caption.removeprefix('a photo of ')}: {real:+.1f}, {made:+.1f}" for
+                                 caption, real, made in zip(batch.caption, overall[:12], overall[12:])])
 
 
 # --------------------------------------------------------------------------------------------- tables
@@ -217,6 +242,17 @@ def filled(readme):
 DRAWN = (glyphs, strip, students, path, gradient, steps, minutes, attention)
 
 
+def fingerprint(draw):
+    """Of the function that draws a picture: another function, another picture."""
+    return hashlib.sha256(inspect.getsource(draw).encode()).hexdigest()[:8]
+
+
+def fresh(draw, path):
+    """Whether a picture is there, and by the function as it is now."""
+    from PIL import Image
+    return path.is_file() and fingerprint(draw) in Image.open(path).info.get("Description", "")
+
+
 def main():
     HOME.mkdir(exist_ok=True), RESULTS.mkdir(exist_ok=True)
     (HOME / "tables.md").write_text("".join(
@@ -226,6 +262,7 @@ def main():
     readme.write_text(filled(readme.read_text()))
     for draw in DRAWN:
         target = HOME / f"{draw.__name__}.png"
-        if not target.exists():
-            draw().savefig(target, dpi=160, metadata={"Description": f"{COMMAND} (commit {commit()})"})
+        if not fresh(draw, target):
+            draw().savefig(target, dpi=160, metadata={
+                "Description": f"{COMMAND} (commit {commit()}, drawn by {fingerprint(draw)})"})
         print(f"{target.relative_to(HERE)}: {draw.__doc__.splitlines()[0]}")

@@ -118,7 +118,8 @@ class Panel:
             raise ValueError("--aesthetics reads CLIP ViT-L/14's embeddings: name it with --clip")
         self.taste = aesthetics(judges["aesthetics"]) if "aesthetics" in judges else None
         both = source.batch(2 * n, torch.Generator().manual_seed(seed))
-        self.reference, self.asked = self.look(both.image[:n]), both[slice(n, None)]
+        self.reference, self.asked = both[slice(n)], both[slice(n, None)]
+        self.features = self.look(self.reference.image)
         self.said = {name: judge.caption(self.asked.caption) for name, judge in self.clips.items()}
         self.floor = self.score(self.asked.image)
 
@@ -142,10 +143,10 @@ class Panel:
         """Pictures made for the captions of self.asked -> {figure: value}."""
         seen, figures = self.look(images), {}
         if "dino" in seen:
-            figures["fd-dinov2"] = frechet(self.reference["dino"], seen["dino"])
-            figures["precision"], figures["recall"] = precision_recall(self.reference["dino"], seen["dino"])
+            figures["fd-dinov2"] = frechet(self.features["dino"], seen["dino"])
+            figures["precision"], figures["recall"] = precision_recall(self.features["dino"], seen["dino"])
         if "clip" in seen:
-            figures["cmmd"] = cmmd(self.reference["clip"], seen["clip"])
+            figures["cmmd"] = cmmd(self.features["clip"], seen["clip"])
         for name, judge in self.clips.items():
             agreement = (seen[name] * self.said[name]).sum(1).mean()
             figures[name] = float(agreement * (judge.model.logit_scale.exp() if name == "pickscore" else 1))

@@ -72,8 +72,10 @@ TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
 STUDIES = {
     "adt": Study([
         Row("diffusion loss alone, 2,050 steps", method="diffusion", steps=2050),
-        Row("ADT, siamese"),
-        Row("ADT, siamese, three times as long", steps=900)],
+        Row("similarity of features, image-to-image", ["variant=similarity", "start=image"]),
+        Row("an unpaired discriminator", ["variant=projected"]),
+        Row("ADT, the default"),
+        Row("ADT, the default, three times as long", steps=900)],
         base=[*TEN, *OTHER_PATHS, (50, {}), (50, {"guidance": 2.})], at=TEN, also=OTHER_PATHS, seeds=3),
     "adt-ablations": Study([
         Row("ADT, as it is"),
@@ -161,7 +163,7 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.exit(2, f"study.py: {error}\n")
-    said = {}
+    said, pace, length = {}, {}, {}
     known = folder / f"base-{source.name}.json"
     for way, figures in measured(known, examiner, plan.base, None if a.so_far else lambda: (base, {})):
         lines.append((f"base, {way}", {**figures, "minutes": ""}))
@@ -173,10 +175,13 @@ def main(argv=None):
         make = None if a.so_far else lambda: trained(row, a.data, seed, steps, out)
         for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways, make):
             lines.append((f"{row.label}, {way}", figures))
-            said[lines[-1][0]] = row.said
-    for label, figures in lines:                             # of seeds that shared the machine, the quickest
+            kind = row.method, *row.settings
+            said[lines[-1][0]], length[lines[-1][0]] = row.said, (kind, steps)
+            pace[kind] = min(pace.get(kind, 1e9), figures["minutes"] / steps)
+    for label, figures in lines:                             # of runs that shared the machine, the quickest
         if figures["minutes"]:
-            figures["minutes"] = min(f["minutes"] for other, f in lines if other == label)
+            kind, steps = length[label]
+            figures["minutes"] = pace[kind] * steps
     nothing = {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}
     lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
              for label, figures in [*lines, ("real pictures", nothing)]]

@@ -498,6 +498,7 @@ def test_evaluate_measures_base_and_runs_and_writes_pictures_any_tool_reads(worl
     said = capsys.readouterr().out
     assert "| fd-dinov2 |" in said and "| base, 2 steps |" in said and "| real pictures |" in said
     kept = data.build(tmp_path / "images" / "base, 2 steps", 32)
+    assert len(data.build(tmp_path / "images" / "real pictures", 32).paths) == len(kept.paths)
     assert len(kept.paths) == 6 and (tmp_path / "p.png").stat().st_size > 0
 
 

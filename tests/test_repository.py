@@ -126,3 +126,9 @@ def test_readme_command_runs(clone, command):
     command = re.sub(r"(evaluate\.py.*?) --steps [\d,]+", r"\1 --steps 2,3", command)
     done = subprocess.run(["bash", "-ec", command], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+def test_every_picture_is_of_the_function_that_draws_it_now():
+    stale = [draw.__name__ for draw in figures.DRAWN
+             if not figures.fresh(draw, figures.HOME / f"{draw.__name__}.png")]
+    assert not stale, f"python evaluate.py --figures draws {', '.join(stale)} anew"
