@@ -166,7 +166,7 @@ class Kept(TorchDispatchMode):
 
 
 def memory():
-    """The most that is alive in a path and its backward pass, MiB, against its length; and the gradient's norm.
+    """The most that is alive in a path and its backward pass, MiB, and its gradient's norm, by its length.
     Eight pictures; norms are medians of five batches, which differ by far more than the columns."""
     model, source = models.build("tiny", "glyphs"), data.build("glyphs")
     batches = [source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
@@ -289,7 +289,7 @@ def autocast():
     def cast(function, kind):
         def to(value):
             return value.to(kind) if torch.is_tensor(value) and value.is_floating_point() else value
-        return lambda *given, **how: function(*map(to, given), **{key: to(value) for key, value in how.items()})
+        return lambda *given, **how: function(*map(to, given), **{key: to(one) for key, one in how.items()})
     kinds = {"conv2d": torch.bfloat16, "linear": torch.bfloat16, "group_norm": torch.float32,
              "layer_norm": torch.float32}
     flash = cast(lambda q, k, v, *_, **__: Flash.apply(q, k, v), torch.bfloat16)
@@ -299,8 +299,8 @@ def autocast():
 
 
 def giants(family):
-    """A family's network, VAE and eyes, all in full size and without values (meta device), and each one's call
-    for one picture. The configurations are those of the public models."""
+    """A family's network, VAE and eyes, all in full size and without values (meta device), and each one's
+    call for one picture. The configurations are those of the public models."""
     import diffusers
     import stable
     pixels = stable.FAMILIES[family][3]

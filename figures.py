@@ -31,7 +31,7 @@ HOME, RESULTS = HERE / "figures", HERE / "results"
 COMMAND = "python evaluate.py --figures"
 COLOURS = {"base": "tab:gray", "adt": "tab:blue", "add": "tab:red"}
 NAMES = {"base": "base", "adt": "ADT", "add": "ADD student"}
-WAYS = {"base": (1, 2, 4, 10, 25, 50), "adt": (2, 4, 10, 25, 50), "add": (1, 2, 4)}
+WAYS = {"base": (1, 2, 4, 10, 25, 50), "adt": (2, 4, 10, 20, 50), "add": (1, 2, 4)}
 
 
 @cache
@@ -106,8 +106,8 @@ def path():
 
 
 def gradient():
-    """The gradient's norm against the length of the path: cut, and through everything. Twelve batches of eight
-    pictures, a thin line each; the thick one is their mean."""
+    """The gradient's norm against the length of the path: cut, and through everything. Twelve batches of
+    eight pictures, a thin line each; the thick one is their mean."""
     figure, (axis,) = axes(1, 5.)
     source, model, lengths = data.build("glyphs"), shipped("base", "glyphs")[0], (1, 2, 5, 10, 25, 50)
     for label, leak, colour in (("input detached (ADT)", 0., "adt"), ("through everything", 1., "add")):
@@ -149,8 +149,8 @@ def steps():
 
 
 def minutes():
-    """FD against minutes of training, all lengths of the studies: mean and spread of the seeds. At zero minutes
-    the base, as many steps as the method's own; the wide line is what real pictures score."""
+    """FD against minutes of training, all lengths of the studies: mean and spread of the seeds. At zero
+    minutes the base, as many steps as the method's own; the wide line is what real pictures score."""
     (figure, both), found = axes(2), studies()
     for axis, dataset in zip(both, ("fashion", "glyphs")):
         for name, word, way in (("adt", "diffusion loss alone", ", 10 steps"),
@@ -165,8 +165,8 @@ def minutes():
             x, fds = zip(*((m, torch.tensor(points[m])) for m in sorted(points)))
             gap = [[float(fd.mean() - fd.min()) for fd in fds], [float(fd.max() - fd.mean()) for fd in fds]]
             colour = "tab:gray" if word[0] == "d" else COLOURS[name]
-            axis.errorbar(x, [float(fd.mean()) for fd in fds], gap, marker="o", ms=3, lw=1, capsize=2, color=colour,
-                          label=f"{word.partition(',')[0]}{way}")
+            axis.errorbar(x, [float(fd.mean()) for fd in fds], gap, marker="o", ms=3, lw=1, capsize=2,
+                          color=colour, label=f"{word.partition(',')[0]}{way}")
         floor = [f["fd"] for label, f in found.get(f"add-{dataset}", []) if label == "real pictures"]
         axis.axhline(floor[0], color="k", lw=4, alpha=.2) if floor else None
         ticks = (.7, 1, 2, 3, 5, 10, 20, 50)
@@ -179,9 +179,9 @@ def minutes():
 
 
 def attention():
-    """Where a critic finds real pictures and four-step pictures of the base wanting: the verdicts of its finest
-    head, less their mean, on the picture; above, the mean of all heads' on the real and on the made one. It has
-    learned for 300 steps from fixed pictures."""
+    """Where a critic finds real pictures and four-step pictures of the base wanting: the verdicts of its
+    finest head, less their mean, on the picture; above, the mean of all heads' on the real and on the made
+    one. It has learned for 300 steps from fixed pictures."""
     torch.manual_seed(0)
     source, (model, _) = data.build("fashion"), shipped("base", "fashion")
     batch = source.batch(1024, torch.Generator().manual_seed(3))
@@ -201,7 +201,7 @@ def attention():
     with torch.no_grad():
         verdicts = critic(None, shown, cond[:12].repeat(2, 1))                # one (24, N) per head
     overall = sum(d.mean(1) for d in verdicts) / len(verdicts)
-    fine = verdicts[0] - verdicts[0].mean(1, keepdim=True)                    # the stem's head has most places
+    fine = verdicts[0] - verdicts[0].mean(1, keepdim=True)   # the stem's head has most places
     side = int(fine.shape[1] ** .5)
     fine = F.interpolate(fine.view(24, 1, side, side), 32, mode="bilinear")
     fine = (fine / fine.abs().quantile(.98)).clamp(-1, 1)

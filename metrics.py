@@ -111,7 +111,9 @@ class Panel:
         if not source.sizes["test"] or source.sizes["test"] < 2 * n:
             raise ValueError(f"--samples {n}: measuring wants twice as many different photographs (--data), "
                              f"and '{source.name}' has {source.sizes['test'] or 'none'}")
-        self.dino = loaded("Dinov2Model", judges["dino"], "--dino", use_safetensors=True).to(device) if "dino" in judges else None
+        self.dino = None
+        if "dino" in judges:
+            self.dino = loaded("Dinov2Model", judges["dino"], "--dino", use_safetensors=True).to(device)
         self.clips = {name: Clip(judges[name], f"--{name}", device)
                       for name in ("clip", "pickscore", "hps") if name in judges}
         if "aesthetics" in judges and "clip" not in judges:

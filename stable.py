@@ -32,8 +32,8 @@ def schedule(scheduler):
         return "flow", 1 - sigma, sigma, sigma * scheduler.config.num_train_timesteps
     target = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}.get(said)
     if target is None or not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"its scheduler is a {kind} (prediction_type {said}): wanted one with alphas_cumprod "
-                         "that predicts epsilon, v_prediction or sample, or a FlowMatch… scheduler")
+        raise ValueError(f"its scheduler is a {kind} (prediction_type {said}): wanted one with "
+                         "alphas_cumprod that predicts epsilon, v_prediction or sample, or a FlowMatch…")
     product = scheduler.alphas_cumprod.double()
     return target, product.sqrt(), (1 - product).sqrt(), torch.arange(len(product))
 
@@ -245,7 +245,8 @@ class Latent(Denoiser):
         """How plain diffusers opens the result and draws with it: Markdown."""
         kind, lines = self.pipeline.__name__, []
         if self.rank:
-            lines += [f'pipe = diffusers.{kind}.from_pretrained("{self.source}")', 'pipe.load_lora_weights(".")']
+            lines += [f'pipe = diffusers.{kind}.from_pretrained("{self.source}")',
+                      'pipe.load_lora_weights(".")']
         else:
             lines += [f'pipe = diffusers.{kind}.from_pretrained("pipeline")']
         if scheduler is None:
@@ -371,9 +372,9 @@ def pipeline(model, weights, size):
         pipe = load(getattr(diffusers, name), source)
     except Exception as error:                               # hub, disk, JSON, safetensors: each has its own
         why = str(error).strip().split("\n")[0][:200]
-        what = ("complete it, copy it again, or convert its .bin files to .safetensors" if index.is_file() else
-                f"look whether the network is there, and whether https://huggingface.co/{source} wants its "
-                "licence accepted and a login (`hf auth login`); or name a local diffusers folder with --weights")
+        what = ("complete it, copy it again, or convert its .bin files to .safetensors" if index.is_file()
+                else f"look whether the network is there, and whether https://huggingface.co/{source} wants "
+                "its licence accepted and a login (`hf auth login`); or name a local folder with --weights")
         raise OSError(f"cannot load {source} ({type(error).__name__}: {why}); {what}") from None
     return adapter(pipe, size or pixels, source)
 

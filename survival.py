@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 import parallel
 
 PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "features": str | None,
-        "size": int | None, "lora": int, "lean": bool, "shard": bool, "on_nan": str, "world": int, "seed": int,
-        "steps": int, "set": list}
+        "size": int | None, "lora": int, "lean": bool, "shard": bool, "on_nan": str, "world": int,
+        "seed": int, "steps": int, "set": list}
 PRODUCTS = ("checkpoint.pt", "log.jsonl", "result.json", "table.md", "curves.png", "before_after.png",
-            "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors", "pipeline", "scheduler",
-            "use.md", "*.part")
+            "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors", "pipeline",
+            "scheduler", "use.md", "*.part")
 
 
 # ----------------------------------------------------------------------------------------- files and folder
@@ -138,7 +138,7 @@ def rows_of(path, done=math.inf):
 
 
 class Log:
-    """log.jsonl: every row as it comes, and before every checkpoint all of them for sure. Process 0 writes."""
+    """log.jsonl: every row as it comes, before every checkpoint all of them for sure. Process 0 writes."""
 
     def __init__(self, path, done):
         self.path, self.fresh = path, []
@@ -171,7 +171,7 @@ class Log:
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 def save(run, out, facts, log):
-    """One checkpoint with everything, and the result in a form that others load (a whole pipeline at the end).
+    """One checkpoint with everything, and the result in a form that others load (a pipeline at the end).
     OSError, in every process, and the checkpoint before is as it was, where the disk does not take it;
     ArithmeticError where a step was so long that its weights are no numbers any more."""
     if parallel.agree(not all(parallel.mine(w).isfinite().all() for w in [*run.weights, *run.average])):

@@ -148,7 +148,8 @@ class Run:
                 self.opt_d.zero_grad()
                 heard = self.mean([self.judge(shard, turn, batch, *made)
                                    for shard, batch, (_, *made) in zip(self.shards, batches, halves)])
-                seen |= heard | self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|", heard)
+                seen |= heard | self.improve(self.opt_d, self.critic_weights, config.clip_d, "|grad D|",
+                                             heard)
         self.done += 1
         return seen | {"skipped": self.skipped} if self.skip else seen
 
@@ -200,7 +201,7 @@ class Run:
                 "D right on fake": sum((d < 0).float().mean().item() for d in made) / len(made)}
 
     def improve(self, optimiser, weights, clip, name, seen):
-        """One step of an optimiser, if all was finite that was seen -> its gradient's norm, not yet clipped."""
+        """One step of an optimiser, if all that was seen is finite -> its gradient's norm, not yet clipped."""
         parallel.add_up([w.grad for w in weights if w.grad is not None])
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
         if self.finite({**seen, name: norm}):
@@ -283,8 +284,8 @@ def advice(log):
 
 
 def loop(run, out, facts, grid, asked, log):
-    """Steps until done, or until a signal has asked to stop: log every step, now and then a picture from fixed
-    noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
+    """Steps until done, or until a signal has asked to stop: log every step, now and then a picture from
+    fixed noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
     share of the weights."""
     every, seconds = (500, 900) if run.model.heavy else (50, CHECKPOINT)
     writes, began = parallel.rank() == 0, time.time()
@@ -373,11 +374,12 @@ def plan_of(arguments):
                              f"{again(out, plan['world'])}")
         plan["on_nan"] = arguments.on_nan or plan["on_nan"]
     else:
-        if not arguments.data and arguments.model != "tiny":
+        if not arguments.data and arguments.model in models.FAMILIES:
             raise ValueError(f"--model {arguments.model} wants --data, a folder of captioned images")
         if not 0 <= arguments.seed < 2 ** 63 or not 0 <= arguments.samples <= 10 ** 6:
             raise ValueError("--seed is from 0 to 2^63 - 1, --samples from 0 to a million")
-        plan = {**vars(arguments), "data": arguments.data or "glyphs", "world": parallel.world(), "on_nan": arguments.on_nan or "stop"}
+        plan = {**vars(arguments), "data": arguments.data or "glyphs", "world": parallel.world(),
+                "on_nan": arguments.on_nan or "stop"}
         plan = {key: plan[key] for key in survival.PLAN if key != "steps"}
         words = [plan["method"], *{plan["model"]} - {"tiny"}, Path(plan["data"]).name, *plan["set"],
                  f"seed{plan['seed']}"]

@@ -338,13 +338,13 @@ def test_the_students_leaps_are_the_saved_schedulers(world, tmp_path, name):
 @pytest.mark.parametrize("method", train.METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_command_a_user_types(world, tmp_path, name, method, monkeypatch):
-    """Three steps, the last of them resumed; then what the run says of its use, typed into plain diffusers."""
+    """Three steps, the last of them resumed; then what the run says of its use, in plain diffusers."""
     pairs = itertools.product(FAMILIES, train.METHODS)       # LoRA and whole networks by turns
     rank = 4 * (list(pairs).index((name, method)) % 2)
     short = [] if method == "add" else ["--set", "path_steps=2", "--set", "train_steps=1"]
     out = tmp_path / "run"
-    train.main(command(world, name, "--method", method, "--steps", "2", "--out", str(out), "--lora", str(rank),
-                       *short))
+    train.main(command(world, name, "--method", method, "--steps", "2", "--out", str(out),
+                       "--lora", str(rank), *short))
     assert (out / "samples_000002.png").stat().st_size > 0
     plan = survival.read_plan(out / "config.json")
     assert plan["model"] == name and plan["lora"] == rank
@@ -355,11 +355,13 @@ def test_the_command_a_user_types(world, tmp_path, name, method, monkeypatch):
     code, images = code.replace("image = pipe(", "images.append(draw(").replace(".images[0]", ")"), []
     def draw(*words, **how):                                 # the pipelines' own size is not the tests'
         scope["pipe"].set_progress_bar_config(disable=True)
-        return scope["pipe"](*words, height=pipelines.SIZE, width=pipelines.SIZE, output_type="pt", **how).images
+        return scope["pipe"](*words, height=pipelines.SIZE, width=pipelines.SIZE, output_type="pt",
+                             **how).images
     scope = {"draw": draw, "images": images, "prompt": "a red cat"}
     exec(code, scope)
     assert len(images) == (3 if method == "add" else 1) and all(image.isfinite().all() for image in images)
-    used, kept = getattr(scope["pipe"], "unet", None) or scope["pipe"].transformer, models.build(name, "", out)
+    used = getattr(scope["pipe"], "unet", None) or scope["pipe"].transformer
+    kept = models.build(name, "", out)
     x, t = torch.randn(1, *kept.shape), torch.tensor([400])
     with torch.no_grad():
         ours, kept.network = kept.predict(x, t, kept.condition(CAPTIONS[:1])), used
@@ -508,7 +510,8 @@ def test_a_run_can_be_built_upon(world, tmp_path):
         out = tmp_path / name
         out.mkdir()
         model.keep(out, rows=[(10, {})])
-        plan = {"method": "adt", "weights": str(world / name), "size": pipelines.SIZE, "lora": rank}
+        plan = {"method": "adt", "model": name, "data": "cats", "weights": str(world / name), "seed": 0,
+                "steps": 1, "set": [], "size": pipelines.SIZE, "lora": rank}
         (out / "config.json").write_text(json.dumps(plan))
         again = models.build(name, "", out)
         torch.testing.assert_close(evaluate.sample(again, CAPTIONS, 2), evaluate.sample(model, CAPTIONS, 2),

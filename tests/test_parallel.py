@@ -61,7 +61,8 @@ def test_a_sharded_run_goes_on(world, tmp_path):  # noqa: F811
     typed = [*command(world, "sdxl"), "--method", "diffusion", "--set", "batch=1", "--shard", "--lean"]
     whole, log = go(tmp_path / "whole", 2, *typed, "--steps", "2")
     go(tmp_path / "parts", 2, *typed, "--steps", "1")
-    parts, after = go(tmp_path / "parts", 2, "--resume", str(tmp_path / "parts"), "--steps", "2", "--samples", "0")
+    parts, after = go(tmp_path / "parts", 2, "--resume", str(tmp_path / "parts"), "--steps", "2",
+                      "--samples", "0")
     assert [row["step"] for row in after] == [0, 1] and parts["done"] == 2
     assert [row["diff"] for row in after] == [row["diff"] for row in log]
     assert same(parts["weights"], whole["weights"]) and same(parts["opt_g"]["state"], whole["opt_g"]["state"])

@@ -37,7 +37,7 @@ def test_imports_point_only_downwards():
 
 def test_core_stays_small():
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
-    assert sum(lines.values()) <= 3700, lines
+    assert sum(lines.values()) <= 3750, lines
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 110, f"{path.name}:{number} has {len(line)} columns"

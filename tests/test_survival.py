@@ -90,8 +90,8 @@ def test_the_second_ctrl_c_does_not_wait(monkeypatch, processes):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_signal_in_the_last_step_or_during_the_table_leaves_the_table_for_later(tmp_path, during, monkeypatch,
-                                                                                 capsys):
+def test_a_signal_in_the_last_step_or_during_the_table_leaves_the_table_out(tmp_path, during, monkeypatch,
+                                                                            capsys):
     small = ["--steps", "2", "--samples", "200"]
     undo = during(1, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert leaves(tmp_path / "last", *small) == 0
@@ -185,7 +185,8 @@ def test_skipping_has_an_end(tmp_path, monkeypatch, capsys):
     assert "not one of the last 2 steps was finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("real,fake,word", [(1., 1., "nothing left to teach"), (.5, 1., "nothing left to teach"),
+@pytest.mark.parametrize("real,fake,word", [(1., 1., "nothing left to teach"),
+                                            (.5, 1., "nothing left to teach"),
                                             (0., 1., "learned nothing"), (1., 0., "learned nothing"),
                                             (.6, .7, None), (1., .7, None)])
 def test_a_discriminator_that_collapsed_is_a_warning(real, fake, word):
@@ -253,7 +254,8 @@ def forge(out, change):
     lambda s: s["opt_g"]["state"].update({9999: s["opt_g"]["state"][0]}),
     lambda s: s["opt_g"]["state"][0].update(step="x"),
     lambda s: s.update(done="x"), lambda s: s.update(done=-3), lambda s: s.update(done=1.5),
-    lambda s: s.update(done=None), lambda s: s.update(skipped="x"), lambda s: s.update(of=["add", "glyphs", 0]),
+    lambda s: s.update(done=None), lambda s: s.update(skipped="x"),
+    lambda s: s.update(of=["add", "glyphs", 0]),
     lambda s: s["average"][0].fill_(float("nan")), lambda s: s["weights"][0].fill_(float("inf"))])
 def test_a_checkpoint_is_checked_before_it_is_believed(tmp_path, change, capsys):
     out = go(tmp_path / "run", "--steps", "2")
@@ -282,7 +284,8 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path, monkeypatch):
     """What is no run stays; a run that could not even begin leaves a folder that --overwrite still knows."""
     strange = tmp_path / "model"
     strange.mkdir()
-    (strange / "config.json").write_text('{"hidden_size": 4}'), (strange / "model.safetensors").write_text("x")
+    (strange / "config.json").write_text('{"hidden_size": 4}')
+    (strange / "model.safetensors").write_text("x")
     assert leaves(strange, "--overwrite") == 2 and len(list(strange.iterdir())) == 2
     out = go(tmp_path / "run", "--steps", "1")
     (out / "photo.png").write_text("mine")
