@@ -201,7 +201,7 @@ class Run:
                 "D right on fake": sum((d < 0).float().mean().item() for d in made) / len(made)}
 
     def improve(self, optimiser, weights, clip, name, seen):
-        """One step of an optimiser, if all that was seen is finite -> its gradient's norm, not yet clipped."""
+        """One step of an optimiser, if all it saw is finite -> its gradient's norm, before it is clipped."""
         parallel.add_up([w.grad for w in weights if w.grad is not None])
         norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
         if self.finite({**seen, name: norm}):
