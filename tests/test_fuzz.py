@@ -327,7 +327,8 @@ def outcome(act, arguments, folder):
     said = io.StringIO()
     try:
         with redirect_stderr(said), redirect_stdout(io.StringIO()):
-            safe = ["--out", str(folder / "run")] + ["--steps", "1"] * (act is train.main)
+            safe = ["--out", str(folder / ("run.png" if act is evaluate.main else "run"))]
+            safe += ["--steps", "1"] * (act is train.main)
             act(folder, *arguments) if takes_folder else act([*safe, *arguments])
         return "works"
     except SystemExit as left:
