@@ -71,9 +71,9 @@ def glyphs():
 
 def strip():
     """Base and ADT, the same noise."""
-    captions = data.build("fashion").batch(12, torch.Generator().manual_seed(7)).caption
+    captions = data.build("glyphs").batch(12, torch.Generator().manual_seed(7)).caption
     return evaluate.panel([(f"{NAMES[who]}, {n} steps",
-                            evaluate.sample(shipped(who, "fashion")[0], captions, n, seed=1))
+                            evaluate.sample(shipped(who, "glyphs")[0], captions, n, seed=1))
                            for who, n in (("base", 10), ("base", 50), ("adt", 10))], captions)
 
 
@@ -143,6 +143,9 @@ def steps():
                       color=COLOURS[who], label=NAMES[who])
         axis.axhline(examiner.floor["fd"], color="k", lw=4, alpha=.2)
         axis.set(title=dataset, xlabel="sampler steps", ylabel="FD", xscale="log", yscale="log")
+        for ticks, put in (((1, 2, 4, 10, 25, 50), axis.set_xticks), ((1, 2, 3, 5, 10, 40), axis.set_yticks)):
+            put(ticks, labels=ticks)
+        axis.minorticks_off()
     both[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
