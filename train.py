@@ -285,8 +285,8 @@ def advice(log):
 
 def loop(run, out, facts, grid, asked, log):
     """Steps until done, or until a signal has asked to stop: log every step, now and then a picture from
-    fixed noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold a
-    share of the weights."""
+    fixed noise and a checkpoint. Process 0 writes; the others draw and save along with it, for they may hold
+    a share of the weights."""
     every, seconds = (500, 900) if run.model.heavy else (50, CHECKPOINT)
     writes, began = parallel.rank() == 0, time.time()
     last, before = began, log.rows[-1]["seconds"] if log.rows else 0.

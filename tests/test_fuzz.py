@@ -34,7 +34,8 @@ WEIRD = {"empty": "", "blank": "  \t ", "10,000 characters": "cat " * 2500, "one
 TYPED = {  # main: command lines, as typed
     train: """--method | --method gan | --seed 99999999999999999999 | --samples 99999999999
         --set batch=100000000000 | --model sd15 | --method ADT | --model dalle
-        --model sd15 --weights nowhere | --model sd15 --weights . | --model sdxl --weights nobody | --model sd3 --size 100 --weights .
+        --model sd15 --weights nowhere | --model sd15 --weights .
+        --model sdxl --weights nobody | --model sd3 --size 100 --weights .
         --data cats | --data /dev/null | --data README.md | --data ../.. | --steps 0 | --steps -3
         --steps 1.5 | --steps many | --steps 99999999999999999999x | --samples 3 | --samples -1 | --samples x
         --seed x | --set | --set batch | --set =3 | --set batch= | --set batch=3=4 | --set lambda=1
