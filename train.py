@@ -308,7 +308,7 @@ def loop(run, out, facts, grid, asked, log):
                 drawn = grid(model)
             if writes:
                 evaluate.picture([(f"step {step + 1}", drawn)], out / f"samples_{step + 1:06d}.png")
-                evaluate.curves(survival.rows_of(log.path), out / "curves.png")
+                evaluate.curves(survival.rows_of(log.path, most=500), out / "curves.png")
                 gc.collect()                                 # a figure is full of circles
         if parallel.agree(bool(asked) or time.time() - last > seconds or step + 1 == run.steps):
             survival.save(run, out, facts, log)

@@ -242,6 +242,18 @@ def test_a_row_that_the_disk_refused_is_written_before_the_next_checkpoint(tmp_p
     assert [row["step"] for row in survival.rows_of(log.path)] == [0, 1, 2]
 
 
+def test_a_long_log_is_read_thinly(tmp_path):
+    """What curves.png is drawn from stays as small as it is, however long the run."""
+    path = tmp_path / "log.jsonl"
+    for steps in (100, 5000, 20000):
+        rows = ({"step": i, "seconds": 1., "diff": .1} for i in range(steps))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = survival.rows_of(path, most=500)
+        assert len(rows) == steps if steps == 100 else 250 <= len(rows) <= 600
+        assert rows[0]["step"] == 0 and rows[-1]["step"] > .99 * steps - 1
+    assert len(survival.rows_of(path)) == 20000
+
+
 def forge(out, change):
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     change(state)
