@@ -380,10 +380,11 @@ def large():
             count = sum(w.numel() for w in network.parameters())
             network.requires_grad_(False)
             stable.Latent.halve(model)                       # of what learns, too: its bf16 copy is counted
-            if learns != "all":
+            if learns == "all":
+                network.requires_grad_(True)
+            else:
                 stable.Latent.adapt(model, 64)
             adapters = sum(w.numel() for w in network.parameters()) - count
-            learns != "all" or network.requires_grad_(True)
             for w in network.parameters():                   # what a gradient takes is counted by the weight
                 w.requires_grad and w.register_post_accumulate_grad_hook(lambda w: setattr(w, "grad", None))
             weights, sizes = [*network.parameters(), *others], []

@@ -295,18 +295,19 @@ def rows_of(table):
     return rows
 
 
-def within(folder, path):
-    """ValueError if a file lies outside its folder, by name or by link. A snapshot from the Hugging Face hub
-    is a folder of links to the blobs beside it."""
+def within(folder, paths):
+    """ValueError if one of the files lies outside their folder, by name or by link. A snapshot from the
+    Hugging Face hub is a folder of links to the blobs beside it."""
     home = folder.resolve()
-    homes = [home] + [home.parents[1] / "blobs"] * (home.parent.name == "snapshots")
-    try:
-        inside = any(path.resolve().is_relative_to(one) for one in homes)
-    except (OSError, RuntimeError, ValueError):              # a loop of links, a name that none can have
-        inside = False
-    if not inside:
-        raise ValueError(f"{ascii(str(path))[1:-1][:200]} lies outside {folder}, or can be nowhere: "
-                         "a folder may name its own files only")
+    homes = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
+    for path in paths:
+        try:
+            inside = any(path.resolve().is_relative_to(one) for one in homes)
+        except (OSError, RuntimeError, ValueError):          # a loop of links, a name that none can have
+            inside = False
+        if not inside:
+            raise ValueError(f"{ascii(str(path))[1:-1][:200]} lies outside {folder}, or can be nowhere: "
+                             "a folder may name its own files only")
 
 
 class Folder:
@@ -341,7 +342,7 @@ class Folder:
         tables = (folder / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet"))
         table = next((table for table in tables if table.is_file()), None)
         if table:
-            within(folder, table)
+            within(folder, [table])
             paths, captions = [], []
             for number, row in rows_of(table):
                 try:
@@ -357,8 +358,7 @@ class Folder:
         if silent:
             raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
                              f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
-        for path in paths:
-            within(folder, path.with_suffix(".txt"))
+        within(folder, [path.with_suffix(".txt") for path in paths])
         try:
             return paths, [p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for p in paths]
         except UnicodeDecodeError:
@@ -366,8 +366,8 @@ class Folder:
 
     def check(self, folder):
         """No name or link leads out of the folder, and every caption is text."""
+        within(folder, self.paths)
         for path, text in zip(self.paths, self.captions):
-            within(folder, path)
             try:
                 text.encode()
             except UnicodeEncodeError:

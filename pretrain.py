@@ -14,7 +14,6 @@ from there when started again, so it may be stopped at will.                  Re
 import argparse
 import json
 import math
-import pickle
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -139,8 +138,7 @@ def fit(which, source, recipe, out, target="flow"):
             optimiser.load_state_dict(saved["optimiser"])
             torch.set_rng_state(saved["rng"])
             start, spent = saved["step"], saved["seconds"]
-        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
-                pickle.UnpicklingError):
+        except survival.DAMAGE:
             raise ValueError(f"{state} is damaged, or of another data set or target: remove it to start "
                              "anew") from None
     began = last = time.time()

@@ -131,8 +131,6 @@ class Latent(Denoiser):
         from peft import set_peft_model_state_dict
         from safetensors import SafetensorError
         from safetensors.torch import load_file
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.parent} has no result yet: train.py --resume finishes the run")
         try:
             layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
         except SafetensorError as error:
@@ -356,11 +354,13 @@ def pipeline(model, weights, size):
         plan = survival.read_plan(run)
         if (Path(source) / "pipeline").is_dir():
             return pipeline(model, Path(source) / "pipeline", size or plan["size"])
-        if not plan["lora"] or Path(plan["weights"] or ".").resolve() == Path(source).resolve():
+        layers = Path(source) / "pytorch_lora_weights.safetensors"
+        endless = Path(plan["weights"] or ".").resolve() == Path(source).resolve()
+        if not plan["lora"] or endless or not layers.is_file():
             raise FileNotFoundError(f"{source} has no result yet: train.py --resume finishes the run")
         denoiser = pipeline(model, plan["weights"], size or plan["size"])
         denoiser.adapt(plan["lora"])
-        denoiser.wear(Path(source) / "pytorch_lora_weights.safetensors")
+        denoiser.wear(layers)
         return denoiser
     if Path(source).exists() and not index.is_file():
         raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")

@@ -163,10 +163,9 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.exit(2, f"study.py: {error}\n")
-    said, pace, length = {}, {}, {}
-    known = folder / f"base-{source.name}.json"
+    known, runs, pace = folder / f"base-{source.name}.json", [], {}
     for way, figures in measured(known, examiner, plan.base, None if a.so_far else lambda: (base, {})):
-        lines.append((f"base, {way}", {**figures, "minutes": ""}))
+        lines.append((f"base, {way}", "", {**figures, "minutes": ""}))
     for seed, row in itertools.product(range(a.seeds or plan.seeds), plan.rows):
         steps = a.steps or row.steps or train.METHODS[row.method][2]
         out = folder / "-".join([row.method, source.name, *row.settings, f"{steps}steps", f"seed{seed}"])
@@ -174,19 +173,16 @@ def main(argv=None):
         ways = [*(plan.at or own), *(plan.also if seed == 0 else [])]
         make = None if a.so_far else lambda: trained(row, a.data, seed, steps, out)
         for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways, make):
-            lines.append((f"{row.label}, {way}", figures))
-            kind = row.method, *row.settings
-            said[lines[-1][0]], length[lines[-1][0]] = row.said, (kind, steps)
-            pace[kind] = min(pace.get(kind, 1e9), figures["minutes"] / steps)
-    for label, figures in lines:                             # of runs that shared the machine, the quickest
-        if figures["minutes"]:
-            kind, steps = length[label]
-            figures["minutes"] = pace[kind] * steps
-    nothing = {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}
-    lines = [(label, {"in the paper": said.get(label, ""), **figures} if any(said.values()) else figures)
-             for label, figures in [*lines, ("real pictures", nothing)]]
+            recipe = row.method, *row.settings
+            runs.append((row, way, figures, recipe, steps))
+            pace[recipe] = min(pace.get(recipe, 1e9), figures["minutes"] / steps)
+    for row, way, figures, recipe, steps in runs:            # of runs that shared the machine, the quickest
+        lines.append((f"{row.label}, {way}", row.said, {**figures, "minutes": pace[recipe] * steps}))
+    lines.append(("real pictures", "", {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}))
+    if any(row.said for row in plan.rows):
+        lines = [(label, said, {"in the paper": said, **figures}) for label, said, figures in lines]
     lines = [(label, {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()})
-             for label, figures in lines]                    # what counts, whatever the number of threads
+             for label, _, figures in lines]                 # what counts, whatever the number of threads
     text = evaluate.table(evaluate.gather(lines))
     survival.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
     survival.write(folder / f"{a.study}-{source.name}.md", text + "\n")

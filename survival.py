@@ -29,6 +29,8 @@ PLAN = {"method": str, "model": str, "data": str, "weights": str | None, "featur
 PRODUCTS = ("checkpoint.pt", "log.jsonl", "result.json", "table.md", "curves.png", "before_after.png",
             "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors", "pipeline",
             "scheduler", "use.md", "*.part")
+# what reading a file that torch.save did not write, or wrote of something else, may raise
+DAMAGE = (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 # ----------------------------------------------------------------------------------------- files and folder
@@ -47,7 +49,8 @@ def whole(path):
             path.rename(old := path.with_name(path.name + ".old.part"))
             partial.rename(path)
             shutil.rmtree(old)
-        partial.exists() and partial.replace(path)
+        else:
+            partial.replace(path)
         sync(path.parent)
     finally:
         remove(partial)
@@ -117,7 +120,7 @@ def settle_in(out, plan, sources, resumed):
         return
     out.mkdir(parents=True, exist_ok=True)
     if not resumed:
-        remove(out / PRODUCTS[0])
+        remove(out / "checkpoint.pt")
     write(out / "config.json", json.dumps({**plan, "config": sources}, indent=1))
     if not resumed:
         for old in [path for pattern in PRODUCTS for path in out.glob(pattern)]:
@@ -188,8 +191,7 @@ def save(run, out, facts, log):
     def result():
         with run.averaged() as model:
             model.keep(out, steps=run.done, **facts)
-    light = not run.model.heavy or run.model.rank
-    for write_it in [checkpoint, *([result] if run.done == run.steps or light else [])]:
+    for write_it in [checkpoint, *([result] if run.done == run.steps or run.light else [])]:
         trouble = None
         try:
             write_it()
@@ -231,8 +233,7 @@ def resume(run, out):
                                mmap=torch.cuda.is_available())               # many processes, one copy
         sound(run, state)
         run.restore(state)
-    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
-            pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         alien = isinstance(error, pickle.UnpicklingError)
         why = "it holds more than tensors" if alien else str(error).split("\n")[0][:80]
         raise ValueError(f"{out}/checkpoint.pt is damaged or another run's ({why})") from None

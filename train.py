@@ -106,6 +106,7 @@ class Run:
         self.model, self.teacher, self.critic = model, teacher, critic
         self.module, self.config = module, config
         self.source, self.steps, self.done, self.seed = source, steps, 0, seed
+        self.light = not model.heavy or model.rank > 0       # what learns is small: measured and kept often
         self.of = [module.__name__, source.name, seed]       # what a checkpoint must be of to go on here
         self.skip, self.skipped, self.saved = skip, 0, 0     # what a NaN does, how many did; last checkpoint
         self.warmup = min(config.warmup_d, steps // 4)
@@ -178,8 +179,7 @@ class Run:
             terms, fake, known = self.module.generator_loss(self.model, self.teacher, self.critic, batch,
                                                             self.config)
         seen = {name: term.item() for name, term in terms.items()}
-        small = not self.model.heavy or self.model.rank
-        if learns and small and (self.done - self.warmup) % MEASURE == 0:
+        if learns and self.light and (self.done - self.warmup) % MEASURE == 0:
             last = list(terms)[-1]
             for name, term in terms.items():
                 before = [None if w.grad is None else w.grad.clone() for w in self.weights]
@@ -489,7 +489,7 @@ def main(argv=None):
         return (f"the checkpoint of step {run.saved} is good: {command}" if run.saved else
                 "nothing was saved before: begin anew with --overwrite")
     calm = "a smaller lr, lr_d or lambda_adv"
-    if not run.model.heavy or run.model.rank:                # its result is written with each checkpoint
+    if run.light:                                            # its result is written with each checkpoint
         calm += f" (--weights {out})"
     try:
         with survival.patience() as asked:

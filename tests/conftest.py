@@ -51,6 +51,16 @@ def build_critic(variant, features, text_width, pool="tokens"):
     return adt.Config(variant=variant, pool=pool).critic(features, text_width)
 
 
+def overheard(monkeypatch, model):
+    """Every caption vector a network is called with."""
+    heard, predict = [], model.predict
+    def watched(x, t, cond, *rest):
+        heard.append(cond["pooled"].clone())
+        return predict(x, t, cond, *rest)
+    monkeypatch.setattr(model, "predict", watched)
+    return heard
+
+
 def clear(*modules):
     for module in modules:
         for p in module.parameters():

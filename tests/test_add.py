@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import clear
+from conftest import clear, overheard
 
 import add
 import data
@@ -472,16 +472,6 @@ class Spy(torch.nn.Module):
     def forward(self, _, picture, known):
         self.seen.append((picture.detach(), known))
         return self.critic(_, picture, known)
-
-
-def overheard(monkeypatch, model):
-    """Every caption vector a network is called with."""
-    heard, predict = [], model.predict
-    def watched(x, t, cond, *rest):
-        heard.append(cond["pooled"].clone())
-        return predict(x, t, cond, *rest)
-    monkeypatch.setattr(model, "predict", watched)
-    return heard
 
 
 @pytest.mark.parametrize("own", [0., 1.])

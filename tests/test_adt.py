@@ -10,7 +10,7 @@ import adt
 import data
 import discriminator
 import models
-from conftest import build_critic, clear
+from conftest import build_critic, clear, overheard
 
 
 @pytest.fixture(scope="module")
@@ -189,11 +189,7 @@ def test_batches_of_any_size_work(world, n):
 def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch):
     """The network, off and on its path, and the discriminator: row by row."""
     model, _, batch = world
-    heard, predict, told = [], model.predict, []
-    def watched(x, t, cond, *rest):
-        heard.append(cond["pooled"].clone())
-        return predict(x, t, cond, *rest)
-    monkeypatch.setattr(model, "predict", watched)
+    heard, told = overheard(monkeypatch, model), []
     class Listener(Recorder):
         def forward(self, real, other, text):
             told.append(text)

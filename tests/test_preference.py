@@ -150,7 +150,10 @@ def test_people_can_vote(page, tmp_path):
         browser.press("ArrowLeft"), browser.press("ArrowRight"), browser.press("ArrowRight")
         browser.press("Backspace")
         assert browser.see("state.votes.length") == 2
-        browser.visit(page.as_uri())                         # a reload
+        for _ in range(50):                                  # a reload; the browser writes when it has time
+            browser.visit(page.as_uri())
+            if browser.see("state.votes.length") == 2:
+                break
         assert browser.see("state.votes.length") == 2 and browser.see("state.asked.map(x => x.left)") == sides
         browser.press(" "), browser.click("#right")
         browser.tell("Emulation.setDeviceMetricsOverride", width=320, height=568, deviceScaleFactor=2,
