@@ -268,6 +268,11 @@ class Fashion:
         return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None],
                      torch.ones(len(label), 1, dtype=torch.bool))
 
+    def batches(self, n, most, generator=None, split="train"):
+        """The same n pictures, in batches of `most` and a rest."""
+        both = self.batch(n, generator, split)
+        return (both[slice(start, start + most)] for start in range(0, n, most))
+
 
 # ------------------------------------------------------------------------------------------ your own folder
 
@@ -405,15 +410,22 @@ class Folder:
 
     def batch(self, n, generator=None, split="train"):
         """n different pictures while there are so many; every split is the whole folder."""
+        return next(self.batches(n, n, generator, split))
+
+    def batches(self, n, most, generator=None, split="train"):
+        """The same n pictures, in batches of `most` and a rest: they need not all fit into memory."""
         check_split(split, self.sizes)
         order = (row for row in draw_rows(self.sizes[split], generator) if row not in self.broken)
-        look, found = self.kept.__getitem__ if self.kept else self.read, []
-        while len(found) < n:                                # one was broken: the next one steps in
-            rows = list(islice(order, n - len(found)))
-            found += [(row, *seen) for row, seen in zip(rows, self.readers.map(look, rows)) if seen]
-        rows, pictures, frames = zip(*found)
-        return Batch(torch.stack(pictures).float() / 127.5 - 1, [self.captions[i] for i in rows],
-                     self.labels[list(rows), None], torch.ones(n, 1, dtype=torch.bool), torch.stack(frames))
+        look = self.kept.__getitem__ if self.kept else self.read
+        for start in range(0, n, most):
+            size, found = min(most, n - start), []
+            while len(found) < size:                         # one was broken: the next one steps in
+                rows = list(islice(order, size - len(found)))
+                found += [(row, *seen) for row, seen in zip(rows, self.readers.map(look, rows)) if seen]
+            rows, pictures, frames = zip(*found)
+            yield Batch(torch.stack(pictures).float() / 127.5 - 1, [self.captions[i] for i in rows],
+                        self.labels[list(rows), None], torch.ones(size, 1, dtype=torch.bool),
+                        torch.stack(frames))
 
 
 def build(name, size=SIZE):

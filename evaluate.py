@@ -13,6 +13,7 @@ Read next: notebooks/
 import argparse
 import json
 import sys
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +91,14 @@ class Examiner:
         if heads != [len(classes) for classes in source.attributes.values()]:
             raise ValueError(f"the judge of '{source.name}' was trained on another data set of that name")
         both = source.batch(2 * n, torch.Generator().manual_seed(seed), split)
-        self.reference, self.asked = both[:n], both[n:]      # disjoint; captions are asked of the models
+        self.reference, self.asked = both[:n], both[n:]      # disjoint
+        self.captions = self.asked.caption                   # to be drawn by the models
         self.features = self.look(self.reference.image)[0]
         self.floor = self.score(self.asked.image)
+
+    def real(self):
+        """The pictures that models are measured against -> captions, pictures a few at a time."""
+        return self.reference.caption, self.reference.image.split(250)
 
     @torch.no_grad()
     def look(self, images):
@@ -120,10 +126,9 @@ class Examiner:
 def measure(examiner, model, steps, guidance=1.0, out=None, **how):
     """What an Examiner or a metrics.Panel says of a model sampled so -> {figure: value}. out: a folder that
     gets the pictures, too."""
-    images = draw(model, examiner.asked.caption, steps, guidance=guidance, **how)
+    images = draw(model, examiner.captions, steps, guidance=guidance, **how)
     if out:
-        images = torch.cat(list(images))
-        folder_of(images, examiner.asked.caption, out)
+        images = filed(images, examiner.captions, out)
     figures = {"steps": steps, "guidance": guidance, **examiner.score(images)}
     for name in {"fd", "fd-dinov2"} & figures.keys():
         figures["excess"] = figures[name] - examiner.floor[name]
@@ -135,7 +140,8 @@ def examine(players, captions, examiner=None, seed=0, out=None):
     pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
     rows, shown = [], []
     if examiner and out:                                     # beside them, for other tools to measure against
-        folder_of(examiner.reference.image, examiner.reference.caption, Path(out, "real pictures"))
+        told, pictures = examiner.real()
+        deque(filed(pictures, told, Path(out, "real pictures")), maxlen=0)    # to the end
     for name, model, steps, settings in players:
         label = f"{name}, {in_steps(steps)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))
@@ -281,17 +287,22 @@ def gather(rows):
     return gathered
 
 
-def folder_of(images, captions, out):
-    """Pictures as a folder that any tool reads, and train.py too: numbered PNGs and metadata.jsonl."""
+def filed(pictures, captions, out):
+    """Pictures (b, 3, H, W), a few at a time, pass through; on their way each is written to a folder that any
+    tool reads, and train.py too: numbered PNGs and metadata.jsonl."""
     from PIL import Image
     out.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        name = f"{i:06d}.png"
-        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(out / name)
-        lines.append(json.dumps({"file_name": name, "text": caption}, ensure_ascii=False))
-    (out / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with open(out / "metadata.jsonl", "w", encoding="utf-8") as table:
+        number = 0
+        for images in pictures:
+            for image in images:
+                name = f"{number:06d}.png"
+                pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(out / name)
+                row = {"file_name": name, "text": captions[number]}
+                table.write(json.dumps(row, ensure_ascii=False) + "\n")
+                number += 1
+            yield images
 
 
 def parse(argv=None):
@@ -380,7 +391,7 @@ def players_of(a):
         examiner = Examiner(source, a.samples, split=a.split, weights=first.judge)
     elif a.prompt is None and judges:
         examiner = metrics.Panel(source, a.samples, judges, parallel.device())
-    asked = ["", *captions, *(examiner.asked.caption if examiner else [])]
+    asked = ["", *captions, *(examiner.captions if examiner else [])]
     for one in found:                                        # all that will be asked; the encoders may go
         one.model.requires_grad_(False).to(parallel.device()).prime(asked)
         one.model.close()

@@ -104,7 +104,7 @@ def aesthetics(path):
 
 class Panel:
     """Photographs, their captions and the judges that were given. Stands where evaluate.Examiner stands for
-    the tiny world, with the same three names: asked, floor and score."""
+    the tiny world, with the same names: captions (asked of the models), floor, score and real."""
 
     def __init__(self, source, n, judges, device="cpu", seed=1234):
         """judges: {dino, clip, pickscore, hps, aesthetics: folder, file or hub id}, those that there are."""
@@ -119,16 +119,27 @@ class Panel:
         if "aesthetics" in judges and "clip" not in judges:
             raise ValueError("--aesthetics reads CLIP ViT-L/14's embeddings: name it with --clip")
         self.taste = aesthetics(judges["aesthetics"]) if "aesthetics" in judges else None
-        both = source.batch(2 * n, torch.Generator().manual_seed(seed))
-        self.reference, self.asked = both[slice(n)], both[slice(n, None)]
-        self.features = self.look(self.reference.image)
-        self.said = {name: judge.caption(self.asked.caption) for name, judge in self.clips.items()}
-        self.floor = self.score(self.asked.image)
+        # models are measured against the first half of the photographs, and asked the captions of the second
+        self.source, self.seed, told = source, seed, []
+        def photographs():
+            for batch in source.batches(2 * n, 8, torch.Generator().manual_seed(seed)):
+                told.extend(batch.caption)
+                yield batch.image
+        seen = self.look(photographs())
+        self.told, self.captions = told[:n], told[n:]
+        self.features = {name: x[:n] for name, x in seen.items()}
+        self.said = {name: judge.caption(self.captions) for name, judge in self.clips.items()}
+        self.floor = self.compare({name: x[n:] for name, x in seen.items()})
 
-    def look(self, images):
-        """Pictures, at once or a few at a time -> {judge: embeddings (N, D)}; only these stay in memory."""
+    def real(self):
+        """What models are measured against, read anew -> captions, pictures a few at a time."""
+        batches = self.source.batches(len(self.told), 8, torch.Generator().manual_seed(self.seed))
+        return self.told, (batch.image for batch in batches)
+
+    def look(self, pictures):
+        """(b, 3, H, W), a few at a time -> {judge: embeddings (N, D)}; only these stay in memory."""
         seen = {}
-        for images in images.split(8) if torch.is_tensor(images) else images:
+        for images in pictures:
             if self.dino is not None:
                 seen.setdefault("dino", []).append(self.tokens(images))
             for name, judge in self.clips.items():
@@ -141,9 +152,13 @@ class Panel:
         x = prepared(images.to(self.dino.device), 224, (.485, .456, .406), (.229, .224, .225))
         return self.dino(x).pooler_output.cpu()
 
-    def score(self, images):
-        """Pictures made for the captions of self.asked -> {figure: value}."""
-        seen, figures = self.look(images), {}
+    def score(self, pictures):
+        """Pictures (b, 3, H, W) made for self.captions, a few at a time -> {figure: value}."""
+        return self.compare(self.look(pictures))
+
+    def compare(self, seen):
+        """What the judges saw of such pictures -> {figure: value}."""
+        figures = {}
         if "dino" in seen:
             figures["fd-dinov2"] = frechet(self.features["dino"], seen["dino"])
             figures["precision"], figures["recall"] = precision_recall(self.features["dino"], seen["dino"])

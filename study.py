@@ -129,7 +129,7 @@ def measured(cache, examiner, ways, opened):
     known, model = json.loads(cache.read_text()) if cache.is_file() else {}, None
     for steps, settings in ways:
         way = name(steps, settings)
-        key = f"{way} ({len(examiner.asked.caption)} pictures)"
+        key = f"{way} ({len(examiner.captions)} pictures)"
         if key not in known:
             if opened is None:
                 continue

@@ -468,12 +468,15 @@ def judges(world):
 def test_the_panel_tells_good_pictures_from_bad(world, judges, tmp_path):
     source = data.build(folder(tmp_path / "many", n=40), pipelines.SIZE)
     panel = metrics.Panel(source, 20, judges)
-    noisy = panel.score(torch.rand_like(panel.asked.image) * 2 - 1)
+    photographs = source.batch(40, torch.Generator().manual_seed(1234))[20:]  # a few at a time, or at once
+    assert photographs.caption == panel.captions
+    noisy = panel.score([torch.rand_like(photographs.image) * 2 - 1])
+    assert panel.score(photographs.image.split(7))["cmmd"] == pytest.approx(panel.floor["cmmd"], rel=1e-4)
     assert noisy["fd-dinov2"] > 1.2 * panel.floor["fd-dinov2"] and noisy["cmmd"] > panel.floor["cmmd"]
     assert noisy.keys() == panel.floor.keys() >= {"clip", "pickscore", "aesthetics", "precision", "recall"}
     body = panel.clips["clip"].model
-    tokens = panel.clips["clip"].words(panel.asked.caption, padding=True, return_tensors="pt")
-    pixels = metrics.prepared(panel.asked.image, 32, (.4815, .4578, .4082), (.2686, .2613, .2758))
+    tokens = panel.clips["clip"].words(panel.captions, padding=True, return_tensors="pt")
+    pixels = metrics.prepared(photographs.image, 32, (.4815, .4578, .4082), (.2686, .2613, .2758))
     theirs = body(**tokens, pixel_values=pixels).logits_per_image.diagonal() / body.logit_scale.exp()
     assert panel.floor["clip"] == pytest.approx(theirs.mean().item(), abs=1e-4)
     scale = body.logit_scale.exp().item()
