@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,15 +59,6 @@ def draw(model, captions, steps, guidance=1.0, seed=0, shift=1.0, last=1.0, fres
 def stops(model, steps, settings):
     """The times at which `draw` will stop; ValueError if it cannot be sampled so."""
     return sampler.timeline(model.T, steps, settings.get("shift", 1.), settings.get("last", 1.))
-
-
-def can(model, steps, settings):
-    """Whether `draw` can: a student that knows four times cannot take fifty steps beside its teacher."""
-    try:
-        stops(model, steps, settings)
-    except ValueError:
-        return False
-    return True
 
 
 def sample(model, captions, steps, **how):
@@ -292,16 +284,13 @@ def filed(pictures, captions, out):
     tool reads, and train.py too: numbered PNGs and metadata.jsonl."""
     from PIL import Image
     out.mkdir(parents=True, exist_ok=True)
+    told = enumerate(captions)
     with open(out / "metadata.jsonl", "w", encoding="utf-8") as table:
-        number = 0
         for images in pictures:
-            for image in images:
-                name = f"{number:06d}.png"
+            for image, (i, text) in zip(images, told):
                 pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-                Image.fromarray(pixels).save(out / name)
-                row = {"file_name": name, "text": captions[number]}
-                table.write(json.dumps(row, ensure_ascii=False) + "\n")
-                number += 1
+                Image.fromarray(pixels).save(name := out / f"{i:06d}.png")
+                table.write(json.dumps({"file_name": name.name, "text": text}, ensure_ascii=False) + "\n")
             yield images
 
 
@@ -377,10 +366,14 @@ def players_of(a):
     for one in found:
         asked = [(int(n), one.rows[0][1]) for n in a.steps.split(",")] if a.steps else one.rows
         asked = [(steps, {**settings, **chosen}) for steps, settings in asked]
-        able = [way for way in asked if can(one.model, *way)]
+        able = []
+        for way in asked:                                    # a student cannot take its teacher's fifty steps
+            with suppress(ValueError):
+                stops(one.model, *way)
+                able.append((one.group, one.model, *way))
         if not able:
             stops(one.model, *asked[0])                      # says what is wrong
-        players += [(one.group, one.model, *way) for way in able]
+        players += able
     first = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
     captions, examiner = [a.prompt] * 8, None

@@ -6,6 +6,8 @@ teaches its generator to please DINOv2; beside it FD-DINOv2 flatters, and CMMD i
 Read next: evaluate.py
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 
@@ -90,16 +92,11 @@ def aesthetics(path):
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         numbers = sorted({int(key.split(".")[1]) for key in state})
-        layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in numbers]
+        layers = [[state[f"layers.{i}.{kind}"].float() for kind in ("weight", "bias")] for i in numbers]
     except Exception as error:
         raise OSError(f"--aesthetics {path}: wanted the state dict of the LAION predictor "
                       f"({type(error).__name__})") from None
-
-    def score(x):
-        for weight, bias in layers:
-            x = F.linear(x, weight.float(), bias.float())
-        return x.squeeze(1)
-    return score
+    return lambda x: reduce(lambda x, layer: F.linear(x, *layer), layers, x).squeeze(1)
 
 
 class Panel:
@@ -111,9 +108,8 @@ class Panel:
         if not source.sizes["test"] or source.sizes["test"] < 2 * n:
             raise ValueError(f"--samples {n}: measuring wants twice as many different photographs (--data), "
                              f"and '{source.name}' has {source.sizes['test'] or 'none'}")
-        self.dino = None
-        if "dino" in judges:
-            self.dino = loaded("Dinov2Model", judges["dino"], "--dino", use_safetensors=True).to(device)
+        self.dino = (loaded("Dinov2Model", judges["dino"], "--dino", use_safetensors=True).to(device)
+                     if "dino" in judges else None)
         self.clips = {name: Clip(judges[name], f"--{name}", device)
                       for name in ("clip", "pickscore", "hps") if name in judges}
         if "aesthetics" in judges and "clip" not in judges:
