@@ -229,14 +229,15 @@ MARK = re.compile(r"(<!-- study (\S+): (.*?) -->\n).*?(?=<!-- end -->)", re.S)
 
 
 def filled(readme):
-    """The README's text with its tables made from results/. Above each stands its study, and what the lines
-    end with that it shows."""
+    """The README's text with its tables made from results/. Above each stands its study, what the lines end
+    with that it shows, and a column that it leaves out."""
     found = studies()
     def table(match):
         if match[2] not in found:
             return match[0]
-        endings = *match[3].split("; "), "real pictures"
-        rows = [(label, {key: figures[key] for key in COLUMNS if key in figures})
+        shown, _, without = match[3].partition(" without ")
+        endings = *shown.split("; "), "real pictures"
+        rows = [(label, {key: figures[key] for key in COLUMNS if key in figures and key != without})
                 for label, figures in found[match[2]] if label.endswith(endings)]
         return f"{match[1]}{evaluate.table(evaluate.gather(rows))}\n"
     return MARK.sub(table, readme)
