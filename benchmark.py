@@ -66,6 +66,7 @@ class Calls:
                                        ("eyes", eyes, "forward"), ("heads", run.critic, "score")):
             self.watch(name, owner, attribute)
         self.watch("R1 of heads", losses, "r1", lambda inputs, result: inputs[0])
+        self.watch("text encoder", run.model, "condition", lambda inputs, result: result["pooled"])
 
     def watch(self, name, owner, attribute, batch=lambda inputs, result: result):
         """Count the calls of owner.attribute. batch: which of its tensors, or lists of them, tells the call's
@@ -101,6 +102,8 @@ def alone(run, name, n, graph):
         with models.half_precision(), torch.set_grad_enabled(graph):
             if name in ("network", "teacher"):
                 y = (run.model if name == "network" else run.teacher).predict(x, t, cond)
+            elif name == "text encoder":
+                y = model.condition(batch.caption)["pooled"]
             elif name == "eyes":
                 seen = run.critic.features(batch.image.clone().requires_grad_(graph))
                 y = torch.cat([f.flatten() for f in seen])

@@ -202,9 +202,12 @@ class Run:
 
     def improve(self, optimiser, weights, clip, name, seen):
         """One step of an optimiser, if all it saw is finite -> its gradient's norm, before it is clipped."""
-        parallel.add_up([w.grad for w in weights if w.grad is not None])
-        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(weights, clip or float("inf"))))
+        parallel.add_up(gradients := [w.grad for w in weights if w.grad is not None])
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = float(parallel.whole(total))
         if self.finite({**seen, name: norm}):
+            if 0 < clip < norm:
+                torch.nn.utils.clip_grads_with_norm_(weights, clip, total)
             optimiser.step()
         else:
             self.skipped += 1
@@ -387,9 +390,8 @@ def plan_of(arguments):
         survival.check_free(out, plan, arguments.overwrite)
     if plan["method"] not in METHODS:
         raise ValueError(f"unknown method '{plan['method']}': wanted {', '.join(METHODS)}")
-    plan.setdefault("steps", LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2])
-    if arguments.steps is not None:
-        plan["steps"] = arguments.steps
+    usual = LONG if plan["model"] in models.FAMILIES else METHODS[plan["method"]][2]
+    plan["steps"] = plan.get("steps", usual) if arguments.steps is None else arguments.steps
     if plan["steps"] < 1:
         raise ValueError(f"--steps {plan['steps']}: a run has at least one step")
     return plan, out
@@ -409,9 +411,8 @@ def prepare(arguments):
     config.path(model.T)
     for _, steps, settings in config.rows():
         evaluate.stops(model, steps, settings)
-    said = ["", getattr(config, "negative", ""), *source.phrases]
-    with torch.no_grad():
-        model.prime(said)                                    # whatever the data can say must be understood
+    with torch.no_grad():                                    # whatever the data can say must be understood
+        model.prime(["", getattr(config, "negative", ""), *source.phrases])
         text_width = model.condition([""])["pooled"].shape[1]
     if source.closed:
         model.close()
