@@ -93,6 +93,23 @@ def test_the_average_and_the_rates_follow_their_schedules():
     assert all(torch.equal(w, b) for w, b in zip(run.weights, before))
 
 
+def test_gradients_are_as_long_as_they_may_be():
+    """clip=0: whatever they are; a limit above their norm changes no bit; below it, it is their norm, and
+    only their length changes."""
+    _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "4"])[1])
+    seen = {w: torch.randn_like(w) for w in run.weights}
+    norm = torch.stack([g.norm() for g in seen.values()]).norm().item()
+    optimiser = torch.optim.SGD(run.weights, 0.)
+    for clip in (0., 2 * norm, norm / 3):
+        for w, g in seen.items():
+            w.grad = g.clone()
+        assert run.improve(optimiser, run.weights, clip, "|grad|", {})["|grad|"] == pytest.approx(norm)
+        if clip < norm and clip:
+            assert all(torch.allclose(w.grad, g / 3, rtol=1e-4) for w, g in seen.items())
+        else:
+            assert all(torch.equal(w.grad, g) for w, g in seen.items())
+
+
 def test_a_discriminator_in_warm_up_learns_and_does_not_teach():
     _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "4"])[1])
     weights = [[p.detach().clone() for p in group] for group in (run.weights, run.critic_weights)]
