@@ -235,7 +235,8 @@ def fashion_file(name):
             f"dataset-fashion-mnist), and the download failed ({error}); "
             f"put the four .gz files in {cache}") from None
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / f"{name}.gz").write_bytes(packed)               # half of it would have a wrong checksum
+    (partial := cache / f"{name}.part").write_bytes(packed)
+    partial.replace(cache / f"{name}.gz")                    # atomic: a half-written file is never found
     return content
 
 

@@ -89,8 +89,8 @@ class Examiner:
         self.floor = self.score(self.asked.image)
 
     def real(self):
-        """The pictures that models are measured against -> captions, pictures a few at a time."""
-        return self.reference.caption, self.reference.image.split(250)
+        """The pictures that models are measured against -> pictures a few at a time, captions."""
+        return self.reference.image.split(250), self.reference.caption
 
     @torch.no_grad()
     def look(self, images):
@@ -132,8 +132,7 @@ def examine(players, captions, examiner=None, seed=0, out=None):
     pictures' last, and rows for `picture`, drawn from another noise than the measured ones."""
     rows, shown = [], []
     if examiner and out:                                     # beside them, for other tools to measure against
-        told, pictures = examiner.real()
-        deque(filed(pictures, told, Path(out, "real pictures")), maxlen=0)    # to the end
+        deque(filed(*examiner.real(), Path(out, "real pictures")), maxlen=0)  # to the end
     for name, model, steps, settings in players:
         label = f"{name}, {in_steps(steps)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))

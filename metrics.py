@@ -128,9 +128,9 @@ class Panel:
         self.floor = self.compare({name: x[n:] for name, x in seen.items()})
 
     def real(self):
-        """What models are measured against, read anew -> captions, pictures a few at a time."""
+        """What models are measured against, read anew -> pictures a few at a time, captions."""
         batches = self.source.batches(len(self.told), 8, torch.Generator().manual_seed(self.seed))
-        return self.told, (batch.image for batch in batches)
+        return (batch.image for batch in batches), self.told
 
     def look(self, pictures):
         """(b, 3, H, W), a few at a time -> {judge: embeddings (N, D)}; only these stay in memory."""
