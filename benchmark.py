@@ -6,7 +6,10 @@ step takes beyond it is overhead, ours or PyTorch's. Everything alternates; medi
 """
 
 import argparse
+import dataclasses
 import itertools
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -16,19 +19,21 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
+import adt
 import data
 import evaluate
 import figures
 import losses
 import models
-import sampler
 import survival
 import train
 
@@ -47,96 +52,127 @@ def alternate(jobs, rounds=ROUNDS):
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
-def run_of(method):
+def run_of(method, *more):
     """A run as train.py prepares it."""
-    typed = ["--method", method, "--samples", "0", "--steps", "1000", "--set", "warmup_d=0"]
+    typed = ["--method", method, "--samples", "0", "--steps", "1000", "--set", "warmup_d=0", *more]
     train.MEASURE = 10 ** 9                                  # no terms one by one
     return train.prepare(train.parse(typed)[1])[2]
 
 
 # ------------------------------------------------------------------------------------ 1: step over floor
 
+def anew(inputs):
+    """The same tensors as leaves of their own."""
+    return tree_map(lambda one: one.detach().clone().requires_grad_(one.requires_grad)
+                    if torch.is_tensor(one) else one, inputs)
+
+
 class Calls:
-    """The calls of a step, counted: how often which part ran, with gradient or without."""
+    """The network calls of one step: how often which part ran, on how many pictures, with a gradient or
+    without; and each kind's first one, to be called again by itself."""
 
     def __init__(self, run):
-        self.counts, self.kept = Counter(), []
-        eyes = run.critic.features
-        for name, owner, attribute in (("network", run.model, "output"), ("teacher", run.teacher, "output"),
-                                       ("eyes", eyes, "forward"), ("heads", run.critic, "score")):
-            self.watch(name, owner, attribute)
-        self.watch("R1 of heads", losses, "r1", lambda inputs, result: inputs[0])
-        self.watch("text encoder", run.model, "condition", lambda inputs, result: result["pooled"])
+        self.counts, self.jobs, self.swaps = Counter(), {}, []
+        model, critic = run.model, run.critic
+        parts = [("network", model, "output"), ("teacher", run.teacher, "output")]
+        if hasattr(critic, "score"):
+            parts += [("eyes", critic.features, "forward"), ("heads", critic, "score"),
+                      ("eyes' summary", critic.features, "summary")]
+        else:
+            parts += [("eyes and heads", critic, "forward")]
+        if model.heavy:                                      # its captions have been read once for all
+            parts += [("VAE encoder", model, "encode"), ("VAE decoder", model, "draw")]
+        else:
+            parts += [("text encoder", model, "condition")]
+        for part in parts:
+            self.watch(*part)
+        plain = losses.r1
+        def r1(logits, maps):
+            n, (score, known) = len(maps[0]), self.heads     # which were called for it
+            self.counts["heads", n, True] -= 1
+            def again(maps, known):
+                return plain(score(maps, known), maps)
+            self.note(("R1 of heads", n, True), again, (maps, known))
+            return plain(logits, maps)
+        self.swap(losses, "r1", r1)
+        run.step()
+        for swap in self.swaps:
+            swap.stop()
+        self.counts = +self.counts                           # what is left of each
 
-    def watch(self, name, owner, attribute, batch=lambda inputs, result: result):
-        """Count the calls of owner.attribute. batch: which of its tensors, or lists of them, tells the call's
-        size and whether it has a gradient."""
+    def swap(self, owner, attribute, other):
+        self.swaps.append(patch.object(owner, attribute, other))
+        self.swaps[-1].start()
+
+    def note(self, key, call, inputs):
+        self.counts[key] += 1
+        if key not in self.jobs:
+            inputs = anew(inputs)
+            self.jobs[key] = lambda: call(*anew(inputs))
+
+    def watch(self, name, owner, attribute):
+        """Count the calls of owner.attribute."""
         plain = getattr(owner, attribute)
         def counted(*inputs):
+            batch = len(inputs[0][0] if name == "heads" else inputs[0])
+            if name == "heads":
+                self.heads = plain, inputs[1]
+            if torch._C._current_graph_task_id() >= 0:       # the backward pass computes its graph anew
+                self.note((name, batch, False), plain, inputs)
+                return plain(*inputs)
             result = plain(*inputs)
-            seen = batch(inputs, result)
-            tensor = seen[0] if isinstance(seen, list) else seen
-            self.counts[name, len(tensor), tensor.requires_grad] += 1
+            graph = any(torch.is_tensor(one) and one.requires_grad for one in tree_leaves(result))
+            self.note((name, batch, graph), plain, inputs)
             return result
-        self.kept.append(patch.object(owner, attribute, counted))
-        self.kept[-1].start()
-
-    def stop(self):
-        for swapped in self.kept:
-            swapped.stop()
-        for (name, n, graph), times in list(self.counts.items()):
-            if name == "R1 of heads":                        # it looks through heads that were called for it
-                self.counts["heads", n, graph] -= times
-        return +self.counts                                  # what is left of each
+        self.swap(owner, attribute, counted)
 
 
-def alone(run, name, n, graph):
-    """The same call by itself, and its backward pass where it has one."""
-    model, batch = run.model, run.source.batch(n)
-    x, t = torch.randn(n, *model.shape), torch.randint(model.T, (n,))
-    with torch.no_grad():
-        cond = model.condition(batch.caption)
-        maps = run.critic.features(batch.image)
-    known = torch.randn(n, run.critic.project[0].in_features) if len(run.critic.project) else None
+def alone(run, call, graph):
+    """A call by itself, and its backward pass where it has one."""
     def job():
         with models.half_precision(), torch.set_grad_enabled(graph):
-            if name in ("network", "teacher"):
-                y = (run.model if name == "network" else run.teacher).predict(x, t, cond)
-            elif name == "text encoder":
-                y = model.condition(batch.caption)["pooled"]
-            elif name == "eyes":
-                seen = run.critic.features(batch.image.clone().requires_grad_(graph))
-                y = torch.cat([f.flatten() for f in seen])
-            elif name == "heads":
-                y = torch.cat(run.critic.score(maps, known), 1)
-            else:
-                seen = [f.clone().requires_grad_() for f in maps]
-                y = losses.r1(run.critic.score(seen, known), seen)
+            found = [one for one in tree_leaves(call()) if torch.is_tensor(one) and one.requires_grad]
         if graph:
             run.opt_g.zero_grad(), run.opt_d.zero_grad()
-            y.float().square().mean().backward()
+            sum(one.float().square().mean() for one in found).backward()
     return job
 
 
+def siblings(home):
+    """Stable Diffusion's three families with few and random weights, and some pictures, in the folder `home`
+    -> (name, what train.py is told)."""
+    from tests import pipelines
+    batch = data.build("glyphs").batch(16, torch.Generator().manual_seed(0))
+    list(evaluate.filed([batch.image], batch.caption, home / "pictures"))
+    for family in ("sd15", "sdxl", "sd3"):
+        yield f"small {family}", [
+            "--model", family, "--weights", str(pipelines.make(family, home)), "--features",
+            str(pipelines.dino(home / "dino")), "--data", str(home / "pictures"), "--size",
+            str(pipelines.SIZE)]
+
+
 def overhead():
-    """Each method's step over its floor."""
-    rows = []
-    for method in ("diffusion", "adt", "add"):
-        run = run_of(method)
-        run.step()
-        calls = Calls(run)
-        run.step()
-        counts = calls.stop()
-        jobs = {key: alone(run, *key) for key in counts}
-        jobs["step"] = run.step
-        run.critic.requires_grad_(True)
-        seconds = alternate(jobs)
-        floor = sum(seconds[key] * times for key, times in counts.items())
-        parts = ", ".join(f"{times} {name}{'' if graph else ' (no gradient)'} of {n}"
-                          for (name, n, graph), times in sorted(counts.items(), key=str))
-        step = seconds["step"]
-        rows.append((method, f"{step:.2f}", f"{floor:.2f}", f"{step / floor:.2f}", parts))
-    return ["method", "step, s", "floor, s", "ratio", "the calls"], rows
+    """Each method's step over its floor, and what both AdamW take of what is beyond it.
+    The small siblings of the large models are mostly overhead: a call takes milliseconds there. Their paths
+    have ten steps here, from noise."""
+    rows, fixed = [], ["--set", "path_steps=10", "--set", "start=text"]
+    with TemporaryDirectory() as home, patch.dict(os.environ, XDG_CACHE_HOME=home):
+        for (name, typed), method in itertools.product(
+                [("tiny", []), *siblings(Path(home))], ("diffusion", "adt", "add")):
+            run = run_of(method, *typed, *(fixed if method == "adt" else []))
+            run.step()
+            calls = Calls(run)
+            jobs = {key: alone(run, call, key[2]) for key, call in calls.jobs.items() if calls.counts[key]}
+            run.critic.requires_grad_(True)
+            seconds = alternate({**jobs, "step": run.step,               # its gradients are there
+                                 "AdamW": lambda: (run.opt_g.step(), run.opt_d.step())})
+            floor = sum(seconds[key] * times for key, times in calls.counts.items())
+            parts = ", ".join(f"{times} {part}{'' if graph else ' (no gradient)'} of {n}"
+                              for (part, n, graph), times in sorted(calls.counts.items(), key=str))
+            step = seconds["step"]
+            rows.append((name, method, f"{step:.3f}", f"{floor:.3f}", f"{step / floor:.2f}",
+                         f"{seconds['AdamW'] / floor:.2f}", parts))
+    return ["model", "method", "step, s", "floor, s", "ratio", "AdamW / floor", "the calls"], rows
 
 
 # --------------------------------------------------------------------------------- 2, 3: memory, gradient
@@ -169,27 +205,29 @@ class Kept(TorchDispatchMode):
 
 
 def memory():
-    """The most that is alive in a path and its backward pass, MiB, and its gradient's norm, by its length.
+    """The most that is alive in a generator step of ADT, MiB, and a path's gradient norm, by its length.
     Eight pictures; norms are medians of five batches, which differ by far more than the columns."""
-    model, source = models.build("tiny", "glyphs"), data.build("glyphs")
-    batches = [source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
+    run = run_of("adt")
+    model, critic = run.model, run.critic.requires_grad_(False)
+    batches = [run.source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
     known = [(model.condition(batch.caption), model.encode(batch.image)) for batch in batches]
     ways = {"K = 2, graphs kept (the default)": (2, 0., False), "K = 1, recomputed": (1, 0., True),
             "K = 2": (2, 0., True), "K = 5": (5, 0., True), "K = all": (50, 0., True),
             "through the inputs, all, recomputed": (50, 1., True), "graphs kept": (50, 1., False)}
-    rows = []
-    for n in (5, 10, 25, 50):
-        def norm(i, k, leak, again):
-            x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(i))
-            return figures.path_gradient(model, x, n, *known[i], leak=leak, checkpoint=again,
-                                         train=sampler.pick_steps(n, k))
-        cells = [str(n)]
-        for way in ways.values():
-            with Kept() as kept:
-                norm(0, *way)
-            cells.append(f"{kept.most / 2 ** 20:.0f}")
-        rows.append((*cells, *(f"{statistics.median(norm(i, 50, leak, False) for i in range(5)):.2g}"
-                               for leak in (0., 1.))))
+    def most(n, k, leak, again):
+        config = dataclasses.replace(run.config, path_steps=n, train_steps=k, leak=leak, checkpoint=again)
+        run.opt_g.zero_grad()
+        with Kept([*model.parameters(), *critic.parameters()]) as kept:
+            with models.half_precision():
+                terms, _, _ = adt.generator_loss(model, None, critic, batches[0], config)
+            sum(terms.values()).backward()
+        return kept.most / 2 ** 20
+    def norm(i, n, leak):
+        x = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(i))
+        return figures.path_gradient(model, x, n, *known[i], leak=leak, train=range(n))
+    rows = [(str(n), *(f"{most(n, *way):.0f}" for way in ways.values()),
+             *(f"{statistics.median(norm(i, n, leak) for i in range(5)):.2g}" for leak in (0., 1.)))
+            for n in (5, 10, 25, 50)]
     return ["steps of the path", *ways, "norm, detached", "norm, through the inputs"], rows
 
 
@@ -227,6 +265,37 @@ def starting():
                          "`import models, losses, sampler`": process("-c", "import models, losses, sampler"),
                          "`python train.py --help`": process("train.py", "--help")}, 5)
     return ["start", "s"], [(name, f"{taken:.2f}") for name, taken in seconds.items()]
+
+
+# --------------------------------------------------------------------------------- 7: time to quality
+
+def quality():
+    """FD and minutes of every recipe in results/, and which of the front are both quicker and better.
+    FD of 2,000 pictures after ten steps (ADT) or one (ADD), a mean over the seeds there are: in most cases
+    one, and seeds scatter by a tenth. Minutes as steps take on this machine."""
+    recipes = {}
+    for path in sorted(figures.RESULTS.glob("ad[dt]-*steps-seed*.json")):
+        method, source, *settings, steps, _ = path.stem.split("-")
+        found = json.loads(path.read_text())["1 step (2000 pictures)" if method == "add" else
+                                             "10 steps (2000 pictures)"]
+        recipe = source, method, *settings, int(steps.removesuffix("steps"))
+        recipes.setdefault(recipe, []).append(found["fd"])
+    runs = {recipe[1:-1]: run_of(recipe[1], *(word for one in recipe[2:-1] for word in ("--set", one)))
+            for recipe in recipes}
+    pace = alternate({of: run.step for of, run in runs.items()}, 3)
+    score = {recipe: (pace[recipe[1:-1]] * recipe[-1] / 60, statistics.mean(fds))
+             for recipe, fds in recipes.items()}
+    def ahead(recipe, others):
+        return [other for other in others if other[:2] == recipe[:2] and other != recipe
+                and all(a <= b for a, b in zip(score[other], score[recipe]))]
+    def title(recipe):
+        return f"{' '.join(recipe[2:-1]) or 'default'}, {recipe[-1]}"
+    front, rows = [recipe for recipe in score if not ahead(recipe, score)], []
+    for recipe in sorted(score, key=lambda recipe: (recipe[:2], score[recipe])):
+        minutes, fd = score[recipe]
+        rows.append((*recipe[:2], title(recipe), str(len(recipes[recipe])), f"{minutes:.1f}", f"{fd:.2f}",
+                     "; ".join(map(title, ahead(recipe, front))) or "none: on the front"))
+    return ["data", "method", "recipe, steps", "seeds", "minutes", "FD", "quicker and better"], rows
 
 
 # ------------------------------------------------------------------------------------------- 9: a peer
@@ -411,7 +480,7 @@ def large():
 
 
 TABLES = {"step": overhead, "memory": memory, "data": supply, "sampling": sampling, "start": starting,
-          "peer": peer, "large": large}
+          "quality": quality, "peer": peer, "large": large}
 
 
 def main(argv=None):
