@@ -50,6 +50,7 @@ class Config:
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
+    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.0
     # the optimisers
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
@@ -96,8 +97,8 @@ class Config:
 
 # What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
 # gets its fair share of the batch, noises real pictures, and states gamma; but no rates.
-LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1., batch=4, lr=1e-5, lr_d=1e-4,
-              steps_d=1, ema=.999, negative="blurry, low quality, distorted")
+LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1., instance_noise=0., batch=4,
+              lr=1e-5, lr_d=1e-4, steps_d=1, ema=.999, negative="blurry, low quality, distorted")
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
 SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(("last", "terminal", "own", "gamma", "share_r1"), "paper"))
 
@@ -167,7 +168,7 @@ def advice(teacher, x0_hat, cond, config):
 def augmented(picture, config):
     """(B, 3, H, W) as the discriminator sees it; every call draws anew."""
     return discriminator.augment(picture, discriminator.geometry(len(picture), picture.device),
-                                 config.augment)
+                                 config.augment, config.instance_noise)
 
 
 def generator_loss(model, teacher, critic, batch, config):

@@ -41,6 +41,7 @@ class Config:
     features: Annotated[Literal["vit", "cnn", "random"], "secondary: frozen eyes, DINOv2's place"] = "vit"
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
+    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.0
     real: Annotated[Literal["photo", "decoded"], "ours: x_0 or decode(encode(x_0))"] = "photo"
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
@@ -90,7 +91,7 @@ class Config:
 # SD 1.5 and XL. A decoder's traces are no fault of the generator's: real pictures wear them, too.
 COMAT = dict(path_steps=50, train_steps=5, guidance=7.5, clip=.1, beta1=.9)
 LATENT = dict(COMAT, start="image", variant="similarity", real="decoded", batch=4, steps_d=1, augment=1.,
-              checkpoint=True, warmup_d=100, ema=.999)
+              instance_noise=0., checkpoint=True, warmup_d=100, ema=.999)
 PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
            "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal"),
            "diffusion": dict(beta1=.9)}                      # ours: alone, the diffusion loss plays no game
@@ -117,8 +118,8 @@ def pair(real, other, config):
     """Two pictures (B, 3, H, W), augmented: colours always apart, geometry shared or apart."""
     draw = discriminator.geometry(len(real), real.device)
     second = draw if config.geometry == "shared" else discriminator.geometry(len(real), real.device)
-    return (discriminator.augment(real, draw, config.augment),
-            discriminator.augment(other, second, config.augment))
+    return (discriminator.augment(real, draw, config.augment, config.instance_noise),
+            discriminator.augment(other, second, config.augment, config.instance_noise))
 
 
 def generator_loss(model, teacher, critic, batch, config):

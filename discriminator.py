@@ -219,16 +219,16 @@ def geometry(n, device=None):
     return torch.rand(n, 4, device=device) * 2 - 1
 
 
-def augment(image, draw, strength=1.0, cutout=True):
-    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020), differentiable;
-    the identity at strength 0.
+def augment(image, draw, strength=1.0, noise=0.0, cutout=True):
+    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020) and noise (Sønderby et al. 2016),
+    differentiable; the identity with strength and noise 0.
     image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do
-    not line up; colours are drawn here, anew for every call, so that 'identical pixels' is not what makes a
-    pair real.
+    not line up; colours are drawn here, anew for every call: a pair is not real for its identical pixels.
 
     Ours: each channel has a brightness of its own, and shifts are odd as often as even, however weak. A tint,
     and a 2x2 pattern where a network paints 2x2 pixels at once, are one bias away, for all pictures together:
-    who can see their sign fights for them to and fro, with gradients that drown all others."""
+    who can see their sign fights for them to and fro, with gradients that drown all others. And a drawn
+    ground is flat to the last digit, a painted one never: who sees that, without noise, sees nothing else."""
     n, _, h, w = image.shape
     tint, saturation, contrast = (((torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) * strength)
                                   for channels in (3, 1, 1))
@@ -249,4 +249,4 @@ def augment(image, draw, strength=1.0, cutout=True):
                               torch.linspace(-1, 1, w, device=image.device), indexing="ij")
         away = torch.maximum((x - draw[:, 2, None, None]).abs(), (y - draw[:, 3, None, None]).abs())
         image = image * (away > .5 * strength)[:, None]                       # a square of half the side
-    return image
+    return image + noise * torch.randn_like(image) if noise else image

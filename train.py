@@ -334,8 +334,7 @@ def parse(argv=None):
     parser.add_argument("--size", type=int, help="pixels, both sides (default: what the model was made for)")
     parser.add_argument("--lean", action="store_true",
                         help="real models: recompute every block in the backward pass, for memory")
-    parser.add_argument("--shard", action="store_true",
-                        help="with torchrun: spread the weights over all processes (FSDP2)")
+    parser.add_argument("--shard", action="store_true", help="torchrun: weights spread over all processes")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK",
                         help="train adapters of this rank instead of the whole network (real models)")
     parser.add_argument("--steps", type=int,
@@ -349,8 +348,7 @@ def parse(argv=None):
     parser.add_argument("--on-nan", choices=["stop", "skip"],
                         help="what a loss or gradient that is no number does: stop the run (default), "
                         "or skip that player's step and count it")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="any field of the Config")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a Config field")
     parser.add_argument("--samples", type=int, default=SAMPLES,
                         help="pictures per row of the final table; 0: no table")
     return parser, parser.parse_args(argv)

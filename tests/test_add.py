@@ -1,6 +1,7 @@
 """The ADD algorithm: every mistake seen in public attempts has a test here that it would fail."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import models
 import sampler
 
 CONDITIONS = ["both", "text", "image", "none"]
+EXACT = add.Config(augment=0., instance_noise=0.)           # what is shown is what there is
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +289,7 @@ def test_r1_on_a_share_of_the_batch_has_the_mean_of_the_whole(world):
     """Each quarter is a sample of the batch: the mean over all quarters is the penalty of the whole."""
     _, _, critic, batch = world
     def penalty(order, share):
-        config = add.Config(gamma=1., condition="none", timed=False, augment=0., share_r1=share)
+        config = replace(EXACT, gamma=1., condition="none", timed=False, share_r1=share)
         shown = data.Batch(*(field[order] if torch.is_tensor(field) else field for field in
                              (batch.image, batch.caption, batch.truth, batch.named)))
         terms, _, _ = add.discriminator_loss(plain, shown, torch.zeros_like(batch.image), None, config)
@@ -480,7 +482,7 @@ def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch, ow
     model, teacher, critic, batch = world
     spy, said = Spy(critic.eval()), model.condition(batch.caption)["pooled"]
     heard = overheard(monkeypatch, model), overheard(monkeypatch, teacher)
-    add.generator_loss(model, teacher, spy, batch, add.Config(terminal=0., own=own, augment=0.))
+    add.generator_loss(model, teacher, spy, batch, replace(EXACT, terminal=0., own=own))
     assert len(heard[0]) == (4 if own else 1) and len(heard[1]) == 1
     for rows in (*heard[0], *heard[1]):
         torch.testing.assert_close(rows, said)
@@ -505,6 +507,11 @@ def test_what_the_discriminator_is_shown_is_in_range_and_augmented(world, monkey
     assert shown[0] is fake and fake.abs().max() <= 1 and len(shown) == 3
     assert shown[1] is batch.image and torch.equal(shown[2], fake) and not shown[2].requires_grad
     assert [picture.unique().tolist() for picture, _ in spy.seen] == [[.125], [.375]]
+
+
+def test_noise_is_on_whatever_the_discriminator_is_shown():
+    seen = add.augmented(torch.zeros(64, 3, 32, 32), add.Config(augment=0., instance_noise=.1))
+    assert seen.std().item() == pytest.approx(.1, rel=.02)
 
 
 @pytest.mark.equation("ADD eq. 4")

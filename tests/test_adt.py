@@ -1,6 +1,7 @@
 """The ADT algorithm: what starts where, who gets which gradient, and that the adversary alone can teach."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ import data
 import discriminator
 import models
 from conftest import build_critic, clear, overheard
+
+EXACT = adt.Config(path_steps=2, augment=0., instance_noise=0.)            # what is shown is what there is
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ def test_the_real_picture_may_wear_the_decoders_traces(world):
     model.decode = lambda z: plain(z) * .5                   # a decoder that fades
     for real in ("photo", "decoded"):
         asked, shown = data.Batch(batch.image, batch.caption, batch.truth, batch.named), Recorder(0., 0., 0.)
-        config = adt.Config(path_steps=2, augment=0., real=real)
+        config = replace(EXACT, real=real)
         _, fake, known = adt.generator_loss(model, None, shown, asked, config)
         adt.discriminator_loss(shown, asked, fake, known, config)
         meant = batch.image * (.5 if real == "decoded" else 1.)
@@ -147,7 +150,7 @@ class Recorder(torch.nn.Module):
 def test_discriminator_loss_is_the_hinge_of_the_right_pairs(world, real, made, loss):
     batch, fake = world[2], torch.zeros_like(world[2].image)
     critic = Recorder(real, made)
-    found, _, _ = adt.discriminator_loss(critic, batch, fake, None, adt.Config(augment=0.))
+    found, _, _ = adt.discriminator_loss(critic, batch, fake, None, EXACT)
     assert found["D"].item() == pytest.approx(loss)
     for shown, meant in zip(critic.pairs, ((batch.image, batch.image), (batch.image, fake))):
         torch.testing.assert_close(shown, meant)
@@ -163,6 +166,13 @@ def test_generator_loss_is_the_weighted_sum_with_the_right_signs(world):
         found.append(adt.generator_loss(model, None, Recorder(7.), batch, config)[0])
     assert [terms["adv"].item() for terms in found] == pytest.approx([-3.5, -14.])
     assert found[1]["diff"].item() == pytest.approx(4 * found[0]["diff"].item(), rel=1e-3)
+
+
+def test_noise_is_on_both_pictures_of_a_pair_and_its_own_on_each():
+    flat = torch.zeros(64, 3, 32, 32)
+    one, two = adt.pair(flat, flat, adt.Config(augment=0., instance_noise=.1))
+    for seen, strength in ((one, .1), (two, .1), (one - two, .1 * 2 ** .5)):
+        assert seen.std().item() == pytest.approx(strength, rel=.02)
 
 
 @pytest.mark.parametrize("geometry", ["shared", "apart"])
@@ -205,6 +215,6 @@ def test_the_discriminator_is_shown_pictures_in_range(world, monkeypatch):
     model, _, batch = world
     decode, shown = model.decode, Recorder(0.)
     monkeypatch.setattr(model, "decode", lambda z: 5 * decode(z))
-    _, fake, _ = adt.generator_loss(model, None, shown, batch, adt.Config(path_steps=2, augment=0.))
+    _, fake, _ = adt.generator_loss(model, None, shown, batch, EXACT)
     assert fake.abs().max() <= 1
     torch.testing.assert_close(shown.pairs[0][1], fake)
