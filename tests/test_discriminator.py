@@ -280,7 +280,7 @@ def test_augmentation_is_the_identity_at_strength_zero():
 def test_noise_is_as_strong_as_it_is_set_and_new_at_every_look():
     flat, draw = torch.full((64, 3, 32, 32), .5), discriminator.geometry(64)
     one, two = (discriminator.augment(flat, draw, 0., noise=.05) for _ in range(2))
-    assert one.std().item() == pytest.approx(.05, rel=.02) and one.mean().item() == pytest.approx(.5, abs=1e-3)
+    assert one.std().item() == pytest.approx(.05, rel=.02)
     assert (one - two).std().item() == pytest.approx(.05 * 2 ** .5, rel=.02)
 
 
