@@ -335,10 +335,8 @@ def parse(argv=None):
     parser.add_argument("--lean", action="store_true",
                         help="real models: recompute every block in the backward pass, for memory")
     parser.add_argument("--shard", action="store_true", help="torchrun: weights spread over all processes")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
-                        help="train adapters of this rank instead of the whole network (real models)")
-    parser.add_argument("--steps", type=int,
-                        help="length of the whole run, also on resume (default: "
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="real models: train adapters")
+    parser.add_argument("--steps", type=int, help="length of the whole run, also on resume (default: "
                         + ", ".join(f"{name} {steps}" for name, (*_, steps) in METHODS.items())
                         + f"; real models {LONG})")
     parser.add_argument("--seed", type=int, default=0)
@@ -419,7 +417,9 @@ def prepare(arguments):
     eyes = discriminator.Features(eyes).to(parallel.device())
     if config.whiten and config.lambda_adv and not arguments.resume:          # a checkpoint brings it along
         real = source.batch(32 if model.heavy else 256, torch.Generator().manual_seed(0))
-        eyes.level(real.to(parallel.device(), model.size).image.split(8))
+        real = real.to(parallel.device(), model.size).image
+        hazy = real + config.instance_noise * torch.randn_like(real) if config.instance_noise else real
+        eyes.level(hazy.split(8))
     critic = config.critic(eyes, text_width)
     if plan["lora"]:
         model.adapt(plan["lora"])
