@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ class Calls:
     without; and each kind's first one, to be called again by itself."""
 
     def __init__(self, run):
-        self.counts, self.jobs, self.swaps = Counter(), {}, []
+        self.counts, self.jobs, self.swaps = Counter(), {}, ExitStack()
         model, critic = run.model, run.critic
         parts = [("network", model, "output"), ("teacher", run.teacher, "output")]
         if hasattr(critic, "score"):
@@ -95,14 +95,12 @@ class Calls:
             self.note(("R1 of heads", n, True), again, (maps, known))
             return plain(logits, maps)
         self.swap(losses, "r1", r1)
-        run.step()
-        for swap in self.swaps:
-            swap.stop()
+        with self.swaps:
+            run.step()
         self.counts = +self.counts                           # what is left of each
 
     def swap(self, owner, attribute, other):
-        self.swaps.append(patch.object(owner, attribute, other))
-        self.swaps[-1].start()
+        self.swaps.enter_context(patch.object(owner, attribute, other))
 
     def note(self, key, call, inputs):
         self.counts[key] += 1
@@ -144,11 +142,10 @@ def siblings(home):
     from tests import pipelines
     batch = data.build("glyphs").batch(16, torch.Generator().manual_seed(0))
     list(evaluate.filed([batch.image], batch.caption, home / "pictures"))
+    same = ["--features", str(pipelines.dino(home / "dino")), "--data", str(home / "pictures"),
+            "--size", str(pipelines.SIZE)]
     for family in ("sd15", "sdxl", "sd3"):
-        yield f"small {family}", [
-            "--model", family, "--weights", str(pipelines.make(family, home)), "--features",
-            str(pipelines.dino(home / "dino")), "--data", str(home / "pictures"), "--size",
-            str(pipelines.SIZE)]
+        yield f"small {family}", ["--model", family, "--weights", str(pipelines.make(family, home)), *same]
 
 
 def overhead():
