@@ -46,11 +46,12 @@ class Config:
     features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
     timed: Annotated[bool, "ours: it knows, too, at which of its times the student leapt"] = True
-    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 1e-4
+    relative: Annotated[bool, "ours: its hinge is of D(real) - D(fake); paper: of each by itself"] = True
+    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
-    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.0
+    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.05
     # the optimisers
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
@@ -97,7 +98,7 @@ class Config:
 
 # What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
 # gets its fair share of the batch, noises real pictures, and states gamma; but no rates.
-LATENT = dict(last=1., terminal=.25, own=0., gamma=1e-5, share_r1=1., augment=1., instance_noise=0., batch=4,
+LATENT = dict(last=1., terminal=.25, own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., instance_noise=0., batch=4,
               lr=1e-5, lr_d=1e-4, steps_d=1, ema=.999, negative="blurry, low quality, distorted")
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
 SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(("last", "terminal", "own", "gamma", "share_r1"), "paper"))
@@ -196,7 +197,9 @@ def discriminator_loss(critic, batch, fake, known, config):
     """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart."""
     maps = critic.features(augmented(batch.image, config))
     real, made = critic.score(maps, known), critic(None, augmented(fake.detach(), config), known)
-    terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3, the hinges
+    asked = [r - m for r, m in zip(real, made)], [m - r for r, m in zip(real, made)]
+    for_real, for_made = asked if config.relative else (real, made)
+    terms = {"D": losses.hinge_real(for_real) + losses.hinge_fake(for_made)}  # ADD eq. 3, the hinges
     if config.gamma and config.share_r1:
         few = slice(math.ceil(config.share_r1 * len(fake)))                   # the batch is in no order
         maps = [f[few].detach().requires_grad_() for f in maps]

@@ -41,7 +41,7 @@ class Config:
     features: Annotated[Literal["vit", "cnn", "random"], "secondary: frozen eyes, DINOv2's place"] = "vit"
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
     augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
-    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.0
+    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.05
     real: Annotated[Literal["photo", "decoded"], "ours: x_0 or decode(encode(x_0))"] = "photo"
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0

@@ -123,9 +123,8 @@ class Run:
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
         config = self.config
-        for optimiser, lr in ((self.opt_g, config.lr), (self.opt_d, config.lr_d)):
-            for group in optimiser.param_groups:
-                group["lr"] = lr * (1 - self.done / self.steps)               # linear decay to zero
+        for group in self.opt_g.param_groups:                # linear decay to zero; the heads keep pace
+            group["lr"] = config.lr * (1 - self.done / self.steps)
         batches = self.batches()
 
         # the generator learns, the discriminator watches
