@@ -97,11 +97,11 @@ class Config:
 
 
 # What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
-# gets its fair share of the batch, noises real pictures, and states gamma; but no rates.
-LATENT = dict(last=1., terminal=.25, own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., instance_noise=0., batch=4,
-              lr=1e-5, lr_d=1e-4, steps_d=1, ema=.999, negative="blurry, low quality, distorted")
+# gets its fair share of the batch, noises real pictures, and states the hinge and gamma; but no rates.
+LATENT = dict(last=1., terminal=.25, own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., batch=4,
+              instance_noise=0., lr=1e-5, lr_d=1e-4, ema=.999, negative="blurry, low quality, distorted")
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
-SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(("last", "terminal", "own", "gamma", "share_r1"), "paper"))
+SOURCES = dict.fromkeys(PRESETS, dict.fromkeys("last terminal own relative gamma share_r1".split(), "paper"))
 
 
 def knowledge(critic, batch, cond, stop, blind, config):
@@ -194,12 +194,13 @@ def generator_loss(model, teacher, critic, batch, config):
 
 
 def discriminator_loss(critic, batch, fake, known, config):
-    """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart."""
+    """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart; if
+    `relative`, the question is which of the two is real (Jolicoeur-Martineau 2018), a logit is its lead."""
     maps = critic.features(augmented(batch.image, config))
     real, made = critic.score(maps, known), critic(None, augmented(fake.detach(), config), known)
-    asked = [r - m for r, m in zip(real, made)], [m - r for r, m in zip(real, made)]
-    for_real, for_made = asked if config.relative else (real, made)
-    terms = {"D": losses.hinge_real(for_real) + losses.hinge_fake(for_made)}  # ADD eq. 3, the hinges
+    if config.relative:
+        real, made = [r - m for r, m in zip(real, made)], [m - r for r, m in zip(real, made)]
+    terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3, the hinges
     if config.gamma and config.share_r1:
         few = slice(math.ceil(config.share_r1 * len(fake)))                   # the batch is in no order
         maps = [f[few].detach().requires_grad_() for f in maps]

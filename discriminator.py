@@ -1,5 +1,4 @@
-"""Discriminators: a frozen pretrained network that sees,
-and a few light heads that learn to judge what it saw.
+"""Discriminators: a frozen pretrained network that sees, and light heads that learn to judge what it saw.
 
 A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the
 eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with a
@@ -101,8 +100,7 @@ class Head(nn.Module):
     def forward(self, x):
         x = F.leaky_relu(self.norms[0](self.enter(x)), .2)
         x = (F.avg_pool2d(x, self.stride) + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
-        # logits and similarities are not for bf16
-        return self.leave(x).flatten(2).transpose(1, 2).float()
+        return self.leave(x).flatten(2).transpose(1, 2).float()               # verdicts are not for bf16
 
 
 class Siamese(nn.Module):
@@ -115,8 +113,7 @@ class Siamese(nn.Module):
       relative     D(y | c) - D(x | c)                         see Projected: two verdicts, compared
     and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
     verdicts of a layer, `all` those of all layers, too, `mean` averages the tokens first and compares two
-    vectors per layer.
-    """
+    vectors per layer."""
 
     def __init__(self, features, variant="similarity", pool="tokens", width=64):
         super().__init__()

@@ -65,6 +65,8 @@ TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
     ("teacher steps: 1 (the default run)", [], "20.6 / .319"),
     ("teacher steps: 2", ["teacher_steps=2"], "20.8 / .321"),
     ("teacher steps: 4", ["teacher_steps=4"], "20.3 / .317"),
+    ("hinge: of the difference (the default run)", [], ""),
+    ("hinge: of each, the paper's", ["relative=false"], "20.6 / .319"),
     ("distance: squared (the default run)", [], "best"),
     ("distance: L1", ["distance=l1"], ""),
     ("distance: pseudo-Huber", ["distance=huber"], "")]]
@@ -92,7 +94,7 @@ STUDIES = {
         base=TEN, at=TEN),
     "add": Study([
         Row("ADD student, the default command", method="add"),
-        Row("ADD student, trained for longer", method="add", steps=1500)],
+        Row("ADD student, trained for longer", method="add", steps=4000, settings=["lr=5e-5", "terminal=.75"])],
         base=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base=[(1, {}), (25, {})]),
 }

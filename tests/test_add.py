@@ -272,7 +272,7 @@ def test_r1_acts_on_logits_of_convincing_pictures_and_stops_at_the_heads(world):
     """A penalty on the hinge would vanish where real logits exceed 1; one through the backbone would need its
     second derivatives. Neither here: every head learns from R1 alone, and pictures get no gradient."""
     _, _, critic, batch = world
-    config = add.Config(gamma=1., condition="none", timed=False)
+    config = add.Config(gamma=1., condition="none", timed=False, relative=False)
     critic = config.critic(critic.features, 128).requires_grad_(True).train()
     for head in critic.heads:
         head.leave.bias.data.fill_(100.)                     # all real logits far beyond the margin
@@ -448,17 +448,29 @@ def test_settings_that_make_no_sense_are_a_sentence(bad, sentence):
         add.Config(**bad)
 
 
-@pytest.mark.equation("ADD eq. 3")
-@pytest.mark.parametrize("real,made,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
-def test_the_hinge_asks_the_real_to_be_high_and_the_fake_to_be_low(world, real, made, loss):
+def judged(world, real, made, **settings):
+    """The discriminator's half, given what it says of every real and every made picture."""
     class Says:
         features = world[2].features
         def score(self, maps, known):
             return [torch.full((4, 1), real)]
         def __call__(self, _, picture, known):
             return [torch.full((4, 1), made)]
-    terms, _, _ = add.discriminator_loss(Says(), world[3], world[3].image, None, add.Config(gamma=0.))
-    assert terms["D"].item() == pytest.approx(loss)
+    config = add.Config(gamma=0., **settings)
+    terms, *logits = add.discriminator_loss(Says(), world[3], world[3].image, None, config)
+    return terms["D"].item(), *(heads[0].unique().item() for heads in logits)
+
+
+@pytest.mark.equation("ADD eq. 3")
+@pytest.mark.parametrize("real,made,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
+def test_the_hinge_asks_the_real_to_be_high_and_the_fake_to_be_low(world, real, made, loss):
+    assert judged(world, real, made, relative=False) == pytest.approx((loss, real, made))
+
+
+@pytest.mark.parametrize("real,made,loss", [(1., 0., 0.), (7., 6., 0.), (-3., -3.5, 1.), (0., 2., 6.)])
+def test_the_relative_hinge_counts_nothing_but_the_lead(world, real, made, loss):
+    """Where both verdicts stand is no matter; one ahead is enough."""
+    assert judged(world, real, made) == pytest.approx((loss, real - made, made - real))
 
 
 class Spy(torch.nn.Module):
