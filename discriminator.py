@@ -106,7 +106,7 @@ class Head(nn.Module):
 class Siamese(nn.Module):
     """ADT's discriminator, the same heads for both pictures: D(real, other) -> logits, one (B, N) per head.
 
-    The paper fixes the frozen backbone, the heads and 'similarity'; the similarity itself is open:
+    The paper's abstract fixes the frozen backbone, summaries say 'similarity' and leave open which:
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
       twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
       difference   head(|h(x) - h(y)|)                         the classic siamese network

@@ -1,6 +1,6 @@
 """Which one do people prefer? The way ADD was judged: pairs of pictures, two questions, votes into Elo.
 
-    python evaluate.py --study base add --data fashion --prompts captions.txt    writes study.html
+    python evaluate.py --study base add --data fashion --prompts captions.txt    writes samples.html
     python evaluate.py --study-results votes-*.json                              what the votes say
 
 The page is one file that asks nothing of a server: send it to whoever has eyes. It shows every pair twice,

@@ -94,7 +94,7 @@ STUDIES = {
         base=TEN, at=TEN),
     "add": Study([
         Row("ADD student, the default command", method="add"),
-        Row("ADD student, trained for longer", method="add", steps=4000, settings=["lr=5e-5", "terminal=.75"])],
+        Row("ADD student, trained for longer", ["lr=5e-5", "terminal=.75"], "add", 4000)],
         base=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base=[(1, {}), (25, {})]),
 }

@@ -1,4 +1,4 @@
-"""The one loop.   python train.py --method adt        (ten minutes on two cores, nothing to download)
+"""The one loop.   python train.py --method adt        (eight minutes on two cores, nothing to download)
 
 Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns
 while the generator's picture is only data. Everything that differs between methods is in adt.py and add.py;

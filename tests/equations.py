@@ -12,7 +12,7 @@ SOURCES = ["sampler.py", "losses.py", "discriminator.py", "adt.py", "add.py"]
 TAG = re.compile(r"\b(ADT (?:path|start|constraint|similarity|comparison|L_diff|L_G|L_D)|ADD eq\. \d)\b")
 MEANING = {
     "ADT path": "x_t' = α_t' x̂0 + σ_t' ε̂: one step of the inference path",
-    "ADT start": "t_s uniform over the path, x_ts = α x0 + σ ε: image-to-image",
+    "ADT start": "t_s uniform over the path, x_ts = α x0 + σ ε: image-to-image; pure noise by default",
     "ADT constraint": "network called on sg[x_t], graph kept at K steps only",
     "ADT similarity": "D(x, y) from cos(h_i(F_i x), h_i(F_i y)); the default for large models",
     "ADT comparison": "D(x, y) = v(y | c) − v(x | c): one critic's two verdicts; the default here",
@@ -21,7 +21,7 @@ MEANING = {
     "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0]))",
     "ADD eq. 1": "L = L_adv + λ L_distill",
     "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]; here the mean over k",
-    "ADD eq. 3": "hinge of the discriminator + γ R1 on the heads' inputs",
+    "ADD eq. 3": "hinge of the discriminator (of the difference, by default) + γ R1 on the heads' inputs",
     "ADD eq. 4": "c(t) ‖x̂ − x̂_ψ(sg[x̂_t]; t)‖²: score distillation",
 }
 

@@ -86,7 +86,7 @@ SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-bat
           "evaluate.py": [("default=2000", "default=200"), ("(10, {}), (25, {})", "(2, {})")],
           "study.py": [("steps=2050", "steps=2"), ('"add", 300', '"add", 2'), ("seeds=3", "seeds=1"),
                        ("plan.rows):", "plan.rows[::7]):"),
-                       ("steps=4000", "steps=2"), ("steps=900", "steps=2"), ("(20, {}), ", ""),
+                       ('"add", 4000', '"add", 2'), ("steps=900", "steps=2"), ("(20, {}), ", ""),
                        ('(50, {}), (50, {"guidance": 2.})', "(2, {})"), ("8, 25, 50)", "8)"),
                        ('(25, {"guidance": 2.})', "(2, {})"), ("(25, {})", "(3, {})")],
           "pretrain.py": [(r"Recipe\(\d+, \d+,", "Recipe(1, 2,")]}
