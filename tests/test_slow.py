@@ -40,10 +40,8 @@ def test_adds_single_step_is_ten_times_nearer_than_the_teachers(student):
 
 
 @pytest.mark.slow
-def test_adds_single_step_has_four_fifths_of_the_teachers_recall(student, request):
-    dataset, seen = student
-    if dataset == "fashion":
-        request.applymarker(pytest.mark.xfail(reason="not reached on photographs: .75 to .82 in three seeds"))
+def test_adds_single_step_has_four_fifths_of_the_teachers_recall(student):
+    _, seen = student
     assert seen["after, 1 step"]["recall"] > .8 * seen["before, 25 steps"]["recall"]
 
 
