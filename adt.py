@@ -52,7 +52,7 @@ class Config:
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
-    beta1: Annotated[float, "ours: 0, for with momentum the game circles"] = 0.0
+    beta1: Annotated[float, "ours: AdamW, generator; momentum makes the game circle"] = 0.0
     lr_d: Annotated[float, "ours: AdamW, discriminator"] = 5e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
