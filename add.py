@@ -2,7 +2,7 @@
 fifty.
 
 A student starts as a copy of the diffusion model and learns to leap: from a noised picture at one of four
-times straight to the end. A discriminator says whether the leap looks real; the frozen teacher, asked about
+times straight to the end. A discriminator says how real the leap looks; the frozen teacher, asked about
 the student's own leap noised again, says where it should have landed.
 
     L = L_adv(x0_hat) + lambda E_{t,eps'} c(t) || x0_hat - x0_psi(sg[alpha_t x0_hat + sigma_t eps'], t) ||^2
@@ -29,7 +29,7 @@ class Config:
     student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
     last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
     fresh: Annotated[float, "ours: share of new noise between its leaps in use; 1 forgets the old"] = 1.0
-    terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 1/n, like every time)"] = 0.5
+    terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 0, 1/n as every time)"] = 0.5
     init: Annotated[Literal["base", "random"], "paper: it starts as a copy of the trained model"] = "base"
     own: Annotated[float, "ours: share of the lower times that noise its own leaps (paper: 0)"] = 0.5
     # the teacher
@@ -46,7 +46,7 @@ class Config:
     features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
     condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
     timed: Annotated[bool, "ours: it knows, too, at which of its times the student leapt"] = True
-    relative: Annotated[bool, "ours: its hinge is of D(real) - D(fake); paper: of each by itself"] = True
+    relative: Annotated[bool, "ours: whether its hinge is of D(real) - D(fake), or of each (paper)"] = True
     gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
     share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
     whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
@@ -56,7 +56,7 @@ class Config:
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, student"] = 1e-4
-    beta1: Annotated[float, "ours: AdamW, student; momentum makes the game circle"] = 0.0
+    beta1: Annotated[float, "ours: AdamW, student"] = 0.0    # momentum makes the game circle
     lr_d: Annotated[float, "ours: AdamW, heads"] = 5e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, student; 0 = no limit"] = 1.0
@@ -98,7 +98,7 @@ class Config:
 
 # What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
 # gets its fair share of the batch, noises real pictures, and states the hinge and gamma; but no rates.
-LATENT = dict(last=1., terminal=.25, own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., batch=4,
+LATENT = dict(last=1., terminal=0., own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., batch=4,
               instance_noise=0., lr=1e-5, lr_d=1e-4, ema=.999, negative="blurry, low quality, distorted")
 PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
 SOURCES = dict.fromkeys(PRESETS, dict.fromkeys("last terminal own relative gamma share_r1".split(), "paper"))
@@ -127,8 +127,8 @@ def leap(model, x0, cond, config):
     (a share of the others) whose x_s was made, as it will be in use, of what the student itself leapt to from
     the times before."""
     times = config.path(model.T).to(x0.device)
-    others = (1 - config.terminal) / max(len(times) - 1, 1)
-    odds = torch.tensor([config.terminal] + [others] * (len(times) - 1))      # tau_n = T first, … tau_1
+    share = config.terminal or 1 / len(times)
+    odds = torch.tensor([share] + (len(times) - 1) * [(1 - share) / max(len(times) - 1, 1)])  # tau_n, … tau_1
     stop = torch.multinomial(odds, len(x0), replacement=True).to(x0.device)
     s, terminal, eps = times[stop], stop == 0, torch.randn_like(x0)
     own = (~terminal & (torch.rand(len(x0), device=x0.device) < config.own)).nonzero().flatten()

@@ -28,7 +28,7 @@ class Config:
     path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
     train_steps: Annotated[int, "ours: K, how many executed steps keep their graph"] = 2
     pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
-    start: Annotated[Literal["image", "text"], "ours: pure noise; paper: image, a noised real one"] = "text"
+    start: Annotated[Literal["image", "text"], "ours: noise, or noised real pictures (paper)"] = "text"
     starts: Annotated[int, "secondary: 0, an image starts at any step; ours: of so many noisiest"] = 0
     guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
@@ -52,7 +52,7 @@ class Config:
     batch: Annotated[int, "ours: pictures per micro-batch"] = 32
     accumulate: Annotated[int, "ours: micro-batches per step"] = 1
     lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
-    beta1: Annotated[float, "ours: AdamW, generator; momentum makes the game circle"] = 0.0
+    beta1: Annotated[float, "ours: AdamW, generator"] = 0.0  # momentum makes the game circle
     lr_d: Annotated[float, "ours: AdamW, discriminator"] = 5e-3
     beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
     clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
@@ -115,7 +115,7 @@ def simulate(model, x0, cond, uncond, config, luck=None):
 
 
 def pair(real, other, config):
-    """Two pictures (B, 3, H, W), augmented: colours always apart, geometry shared or apart."""
+    """Two pictures (B, 3, H, W), augmented: colours and noise always apart, geometry shared or apart."""
     draw = discriminator.geometry(len(real), real.device)
     second = draw if config.geometry == "shared" else discriminator.geometry(len(real), real.device)
     return (discriminator.augment(real, draw, config.augment, config.instance_noise),

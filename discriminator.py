@@ -2,8 +2,8 @@
 
 A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the
 eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with a
-real one of the same caption. ADD's is *projected*: it looks at one picture and asks whether it is real, given
-the caption.
+real one of the same caption. ADD's is *projected*: it looks at one picture by itself, given the caption;
+in the small world its verdicts on a real and a made one are then compared (add.py).
 
 Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture
 it is shown; the generator's gradient flows through it all the same.               Read next: adt.py
@@ -50,10 +50,10 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def level(self, pictures, floor=.1):
-        """From now on, features are whitened by what real pictures, a list of (B, 3, H, W), show: every
-        direction of a layer has the same variance over their tokens. Before, a few loud ones have nearly all
-        of it; heads learn a direction the faster the louder it is, and what is wrong with a good fake is in
-        the quiet ones. What has less than the share `floor` of the mean variance is hardly raised further."""
+        """From now on, features are whitened by what these pictures show, a list of (B, 3, H, W), real ones
+        with the heads' noise: every direction of a layer has the same variance over their tokens. Before, a
+        few loud ones have nearly all of it; heads learn a direction the faster the louder it is, and what is
+        wrong with a good fake is in the quiet ones. Less than `floor` of the mean variance stays small."""
         sums = [0] * len(self.layers)
         for image in pictures:                               # of 1 and x, the sums of x x^T
             ones = [F.pad(x.flatten(0, 2).double(), (1, 0), value=1.) for x in self.tokens(image)]
@@ -100,7 +100,7 @@ class Head(nn.Module):
     def forward(self, x):
         x = F.leaky_relu(self.norms[0](self.enter(x)), .2)
         x = (F.avg_pool2d(x, self.stride) + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
-        return self.leave(x).flatten(2).transpose(1, 2).float()               # verdicts are not for bf16
+        return self.leave(x).flatten(2).transpose(1, 2).float()               # no sums in bf16 from here on
 
 
 class Siamese(nn.Module):

@@ -5,7 +5,7 @@ loss that tells it what regression cannot. Signs: D is high on real, low on fake
 is a mean here, each head's own a mean over its tokens: lambda then depends on neither number nor size.
 
     L_G = L_diff + lambda * (-D(fake)), or (ADD) -D(fake) + lambda L_distill
-    L_D = relu(1 - D(real)) + relu(1 + D(fake))
+    L_D = relu(1 - D(real)) + relu(1 + D(fake)), or (ADD, relative) of D(real) - D(fake)
 
 Read next: discriminator.py
 """

@@ -59,7 +59,7 @@ class Latent(Denoiser):
         self.part = "transformer" if hasattr(pipe, "transformer") else "unet"
         self.network, self.vae = getattr(pipe, self.part), pipe.vae
         self.outside, self.read = [pipe], {}                 # a list hides it from nn.Module
-        self.rank, self.bare = 0, False                      # of the adapters, and whether they are off
+        self.rank, self.worn, self.bare = 0, False, False    # of the adapters; came they along? are they off?
         self.pipeline, self.source = type(pipe), source
         self.size, scale = size, 2 ** (len(self.vae.config.block_out_channels) - 1)
         if size % (8 * scale):
@@ -136,11 +136,12 @@ class Latent(Denoiser):
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error})") from None
         set_peft_model_state_dict(self.network, layers)
+        self.worn = True
 
     def twin(self):
-        if not self.rank:
+        if not self.rank or self.worn:                       # another run's adapters belong to what it is
             return super().twin()
-        other = copy.copy(self)                              # one copy of the weights: itself, adapters off
+        other = copy.copy(self)                              # new ones say nothing: itself, adapters off
         other.bare = True
         return other
 
@@ -241,23 +242,19 @@ class Latent(Denoiser):
 
     def use(self, scheduler, rows):
         """How plain diffusers opens the result and draws with it: Markdown."""
-        kind, lines = self.pipeline.__name__, []
+        kind, source = self.pipeline.__name__, self.source if self.rank else "pipeline"
+        lines = ["import diffusers", f'pipe = diffusers.{kind}.from_pretrained("{source}")']
         if self.rank:
-            lines += [f'pipe = diffusers.{kind}.from_pretrained("{self.source}")',
-                      'pipe.load_lora_weights(".")']
-        else:
-            lines += [f'pipe = diffusers.{kind}.from_pretrained("pipeline")']
-        if scheduler is None:
-            lines += [f"image = pipe(prompt, num_inference_steps={rows[0][0]}).images[0]"]
-        elif self.rank:
+            lines += ['pipe.load_lora_weights(".")']
+        if self.rank and scheduler:
             name = type(scheduler).__name__
             lines += [f'pipe.scheduler = diffusers.{name}.from_pretrained(".", subfolder="scheduler")']
-        for steps, _ in rows if scheduler else []:           # a flow's own spacing would end at a clean step
-            stops = ", ".join(f"{1 - i / steps:g}" for i in range(steps))
-            how = f"sigmas=[{stops}]" if self.target == "flow" else f"num_inference_steps={steps}"
-            lines += [f"image = pipe(prompt, {how}, guidance_scale=1).images[0]"]
-        body = "\n".join(["import diffusers", *lines])
-        return f"In this folder:\n\n```python\n{body}\n```\n"
+        for steps, settings in rows:                         # a flow's own spacing would end at a clean step
+            stops, scale = ", ".join(f"{1 - i / steps:g}" for i in range(steps)), settings.get("guidance", 1)
+            leaps = scheduler and self.target == "flow"
+            how = f"sigmas=[{stops}]" if leaps else f"num_inference_steps={steps}"
+            lines += [f"image = pipe(prompt, {how}, guidance_scale={scale:g}).images[0]"]
+        return "\n".join(["In this folder:\n\n```python", *lines, "```\n"])
 
     def few_step_scheduler(self, steps):
         """A student's path for plain pipelines: leap, forget the noise, draw it anew. diffusers has it under

@@ -90,8 +90,9 @@ def read_plan(path):
             raise TypeError
         if not all(isinstance(change, str) for change in plan["set"]):
             raise TypeError
-        return {key: plan[key] for key in PLAN} | {"rows": plan.get("rows")}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        settings = {key: value for key, (value, _) in plan.get("config", {}).items()}
+        return {key: plan[key] for key in PLAN} | {"rows": plan.get("rows"), "config": settings}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not the config.json of a run of this program") from None
 
 

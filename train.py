@@ -82,8 +82,8 @@ def settle(method, changes, model="tiny"):
 
 def provenance(config, module, model):
     """{field: [value, 'source: what it is']} for config.json. A preset's values have sources of their own."""
-    notes = typing.get_type_hints(type(config), include_extras=True)
-    notes = {name: note.__metadata__[0] for name, note in notes.items() if hasattr(note, "__metadata__")}
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    notes = {name: hint.__metadata__[0] for name, hint in hints.items()}
     for name, value in module.PRESETS.get(model, {}).items():
         if getattr(config, name) == value:
             notes[name] = module.SOURCES[model].get(name, "ours") + notes[name][notes[name].index(":"):]
@@ -123,7 +123,7 @@ class Run:
     def step(self):
         """One step of both players -> figures for the log. Losses are logged with their weights applied."""
         config = self.config
-        for group in self.opt_g.param_groups:                # linear decay to zero; the heads keep pace
+        for group in self.opt_g.param_groups:                # linear decay to zero; the heads' stays
             group["lr"] = config.lr * (1 - self.done / self.steps)
         batches = self.batches()
 
@@ -395,7 +395,9 @@ def plan_of(arguments):
 def prepare(arguments):
     """Everything that can go wrong goes wrong here, as ValueError or OSError, before anything is written."""
     plan, out = plan_of(arguments)
-    config = settle(plan["method"], plan["set"], plan["model"])
+    kept = [f"{key}={json.dumps(value) if isinstance(value, bool) else value}"    # defaults may have changed
+            for key, value in plan.pop("config", {}).items() if key not in METHODS[plan["method"]][1]]
+    config = settle(plan["method"], kept + plan["set"], plan["model"])
     plan["rows"] = [row[1:] for row in config.rows() if row[0] == "after"]
     if plan["shard"] and getattr(config, "own", 0):
         raise ValueError("--shard wants own=0: all processes must call the network equally often")

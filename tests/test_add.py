@@ -62,9 +62,10 @@ def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
     torch.testing.assert_close(x.std((1, 2, 3)), sigma.flatten(), rtol=.05, atol=0)
 
 
-@pytest.mark.parametrize("steps,terminal,share", [(4, .25, .25), (4, .5, .5), (2, 1., 1.), (1, .5, 1.)])
+@pytest.mark.parametrize("steps,terminal,share", [(4, .25, .25), (4, .5, .5), (2, 1., 1.), (1, .5, 1.),
+                                                  (4, 0., .25), (2, 0., .5), (1, 0., 1.)])
 def test_pure_noise_has_its_share_of_the_batch(toy, steps, terminal, share):
-    """And the other student times share the rest evenly."""
+    """And the other student times share the rest evenly. 0: none has more than another."""
     model = toy()
     torch.manual_seed(0)
     config = add.Config(student_steps=steps, terminal=terminal, own=0.)
@@ -494,7 +495,7 @@ def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch, ow
     model, teacher, critic, batch = world
     spy, said = Spy(critic.eval()), model.condition(batch.caption)["pooled"]
     heard = overheard(monkeypatch, model), overheard(monkeypatch, teacher)
-    add.generator_loss(model, teacher, spy, batch, replace(EXACT, terminal=0., own=own))
+    add.generator_loss(model, teacher, spy, batch, replace(EXACT, terminal=1e-9, own=own))
     assert len(heard[0]) == (4 if own else 1) and len(heard[1]) == 1
     for rows in (*heard[0], *heard[1]):
         torch.testing.assert_close(rows, said)
@@ -564,5 +565,5 @@ def test_the_leaps_in_between_forget_as_much_noise_as_they_will_in_use(toy, monk
         return leaps(model, noise, times, cond, fresh, **rest)
     monkeypatch.setattr(sampler, "few_step", watched)
     add.leap(model, torch.randn(16, 2, 4, 4, dtype=torch.float64), model.condition(["a"] * 16),
-             add.Config(fresh=.3, own=1., terminal=0.))
+             add.Config(fresh=.3, own=1., terminal=1e-9))
     assert asked == [.3]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pipelines
 import pytest
@@ -177,3 +178,18 @@ def test_arithmetic_of_large_models_counts_what_a_layer_does():
         kept, forward, backward = benchmark.weigh(lambda: layer(x), layer.parameters())
     assert forward == backward == pytest.approx(2 * 8 * 256 * 512 / 1e12)
     assert 0 < kept * 2 ** 30 - 256 * 512 * 4 < 4 * 8 * 512 * 4              # its gradient; not its weight
+
+
+def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeypatch):
+    """Also where a setting has a hyphen; and of two seeds it takes the mean."""
+    asked = []
+    monkeypatch.setattr(benchmark.figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmark, "run_of", lambda *words: asked.append(words) or SimpleNamespace(step=None))
+    monkeypatch.setattr(benchmark, "alternate", lambda jobs, rounds: dict.fromkeys(jobs, 6.))
+    for seed, fd in enumerate((1., 2.)):
+        for name in ("add-glyphs-lr=5e-5-terminal=.75-40steps", "add-glyphs-600steps"):
+            (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps({"1 step (2000 pictures)": {"fd": fd}}))
+    rows = benchmark.quality()[1]
+    assert sorted(asked) == [("add",), ("add", "--set", "lr=5e-5", "--set", "terminal=.75")]
+    assert rows[0] == ("glyphs", "add", "lr=5e-5 terminal=.75, 40", "2", "4.0", "1.50", "none: on the front")
+    assert rows[1][-1] == "lr=5e-5 terminal=.75, 40"         # as good, and quicker

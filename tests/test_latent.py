@@ -292,6 +292,30 @@ def test_adds_teacher_is_the_student_with_its_adapters_off(world, name):
     assert teacher.network is model.network and all(w.requires_grad for w in adapters(model))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_teacher_of_a_run_that_goes_on_from_adapters_wears_them(world, tmp_path, name):
+    first = build(world, name, rank=2)
+    with torch.no_grad():
+        for weight in adapters(first):
+            weight.normal_(0, .1)
+    (tmp_path / "config.json").write_text(json.dumps(
+        {**vars(train.parse([])[1]), "model": name, "data": "x", "size": pipelines.SIZE, "steps": 1,
+         "lora": 2, "weights": str(world / name), "on_nan": "stop", "world": 1}))
+    first.keep(tmp_path, steps=1, rows=[(10, {})])
+    model = models.build(name, "", tmp_path, pipelines.SIZE)
+    model.adapt(2)
+    teacher = model.twin()
+    x, t, cond = torch.randn(2, *model.shape), torch.tensor([900, 30]), model.condition(CAPTIONS)
+    with torch.no_grad():
+        began = first.predict(x, t, cond)
+        for weight in adapters(model):
+            weight.zero_()
+        assert torch.equal(teacher.predict(x, t, cond), began)
+        assert not torch.allclose(model.predict(x, t, cond), began, atol=1e-3)
+    assert not any(w.requires_grad for w in teacher.network.parameters())
+    assert all(w.requires_grad for w in adapters(model))
+
+
 # ---------------------------------------------------------------------------------- results others can load
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -352,6 +376,7 @@ def test_the_command_a_user_types(world, tmp_path, name, method, monkeypatch):
     assert len((out / "log.jsonl").read_text().splitlines()) == 3
     monkeypatch.chdir(out)
     code = (out / "use.md").read_text().split("```")[1].removeprefix("python\n")
+    assert "guidance_scale=1)" in code if method == "add" else "guidance_scale=7.5)" in code
     code, images = code.replace("image = pipe(", "images.append(draw(").replace(".images[0]", ")"), []
     def draw(*words, **how):                                 # the pipelines' own size is not the tests'
         scope["pipe"].set_progress_bar_config(disable=True)

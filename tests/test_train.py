@@ -86,7 +86,7 @@ def test_the_average_and_the_rates_follow_their_schedules():
         average = [decay * a + (1 - decay) * w.detach() for a, w in zip(average, run.weights)]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run.average, average))
         assert run.opt_g.param_groups[0]["lr"] == pytest.approx(lr)
-        assert run.opt_d.param_groups[0]["lr"] == pytest.approx(5e-3)         # the heads keep pace
+        assert run.opt_d.param_groups[0]["lr"] == pytest.approx(5e-3)         # the heads' stays
     before = [w.detach().clone() for w in run.weights]
     with run.averaged():
         assert all(torch.allclose(w, a, atol=1e-6) for w, a in zip(run.weights, average))
@@ -215,6 +215,20 @@ def test_settings_of_a_resumed_run_are_its_own(tmp_path):
     plan = json.loads((out / "config.json").read_text())
     assert plan["seed"] == 3 and plan["steps"] == 2 and plan["config"]["batch"][0] == 2
     assert torch.load(out / "checkpoint.pt", weights_only=True)["done"] == 2
+
+
+@pytest.mark.parametrize("method", ["adt", "add", "diffusion"])
+def test_a_resumed_run_keeps_what_a_default_was_when_it_began(tmp_path, monkeypatch, method):
+    out = go(tmp_path / "run", "--method", method, "--steps", "1")
+    begun = json.loads((out / "config.json").read_text())["config"]
+    module, defaults = train.METHODS[method][0], {"lr": 7., "whiten": False, "features": "cnn"}
+    for name, value in defaults.items():
+        fresh = [value if field == name else default for field, default in
+                 zip(module.Config.__dataclass_fields__, module.Config.__init__.__defaults__)]
+        monkeypatch.setattr(module.Config.__init__, "__defaults__", tuple(fresh))
+    assert train.settle(method, []).lr == 7. and train.settle(method, []).features == "cnn"
+    train.main(["--resume", str(out), "--steps", "2", "--samples", "0"])
+    assert json.loads((out / "config.json").read_text())["config"] == begun
 
 
 def test_a_resume_that_cannot_be_is_a_sentence(tmp_path, capsys):
