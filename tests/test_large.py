@@ -188,7 +188,8 @@ def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeyp
     monkeypatch.setattr(benchmark, "alternate", lambda jobs, rounds: dict.fromkeys(jobs, 6.))
     for seed, fd in enumerate((1., 2.)):
         for name in ("add-glyphs-lr=5e-5-terminal=.75-40steps", "add-glyphs-600steps"):
-            (tmp_path / f"{name}-seed{seed}.json").write_text(json.dumps({"1 step (2000 pictures)": {"fd": fd}}))
+            found = json.dumps({"1 step (2000 pictures)": {"fd": fd}})
+            (tmp_path / f"{name}-seed{seed}.json").write_text(found)
     rows = benchmark.quality()[1]
     assert sorted(asked) == [("add",), ("add", "--set", "lr=5e-5", "--set", "terminal=.75")]
     assert rows[0] == ("glyphs", "add", "lr=5e-5 terminal=.75, 40", "2", "4.0", "1.50", "none: on the front")
