@@ -249,10 +249,10 @@ class Latent(Denoiser):
         if self.rank and scheduler:
             name = type(scheduler).__name__
             lines += [f'pipe.scheduler = diffusers.{name}.from_pretrained(".", subfolder="scheduler")']
-        for steps, settings in rows:                         # a flow's own spacing would end at a clean step
-            stops, scale = ", ".join(f"{1 - i / steps:g}" for i in range(steps)), settings.get("guidance", 1)
-            leaps = scheduler and self.target == "flow"
-            how = f"sigmas=[{stops}]" if leaps else f"num_inference_steps={steps}"
+        for steps, settings in rows:
+            how, scale = f"num_inference_steps={steps}", settings.get("guidance", 1)
+            if scheduler and self.target == "flow":          # its own spacing would end at a clean step
+                how = "sigmas=[" + ", ".join(f"{1 - i / steps:g}" for i in range(steps)) + "]"
             lines += [f"image = pipe(prompt, {how}, guidance_scale={scale:g}).images[0]"]
         return "\n".join(["In this folder:\n\n```python", *lines, "```\n"])
 
