@@ -82,7 +82,8 @@ class Calls:
         else:
             parts += [("eyes and heads", critic, "forward")]
         if model.heavy:                                      # its captions have been read once for all
-            parts += [("VAE encoder", model, "encode"), ("VAE decoder", model, "draw")]
+            parts += [("VAE encoder", model, "encode"), ("VAE decoder", model, "draw"),
+                      ("VAE decoder", run.teacher, "draw")]
         else:
             parts += [("text encoder", model, "condition")]
         for part in parts:

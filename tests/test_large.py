@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pipelines
@@ -178,6 +179,24 @@ def test_arithmetic_of_large_models_counts_what_a_layer_does():
         kept, forward, backward = benchmark.weigh(lambda: layer(x), layer.parameters())
     assert forward == backward == pytest.approx(2 * 8 * 256 * 512 / 1e12)
     assert 0 < kept * 2 ** 30 - 256 * 512 * 4 < 4 * 8 * 512 * 4              # its gradient; not its weight
+
+
+@pytest.mark.parametrize("method", ["diffusion", "adt", "add"])
+def test_the_floor_of_a_step_knows_every_call(world, tmp_path, method):
+    """Also those of the teacher, who has the same VAE: whoever forgets one takes network for overhead."""
+    run = prepared(world, "sd15", method, tmp_path)
+    run.step()
+    parts = {"network": run.model.network, "teacher": run.teacher.network,
+             "VAE decoder": run.model.vae.decoder, "VAE encoder": run.model.vae.encoder}
+    seen = dict.fromkeys(parts, 0)
+    def heard(name):
+        return lambda _, given: seen.update({name: seen[name] + len(given[0])})
+    with ExitStack() as hooks:
+        for name, part in parts.items():
+            hooks.callback(part.register_forward_pre_hook(heard(name)).remove)
+        counts = benchmark.Calls(run).counts
+    for name, pictures in seen.items():
+        assert pictures == sum(n * times for (part, n, _), times in counts.items() if part == name)
 
 
 def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeypatch):
