@@ -47,7 +47,7 @@ class Study:
 TEN = [(10, {})]
 OTHER_PATHS = [(4, {}), (20, {}), (10, {"shift": 3.}), (10, {"fresh": .5}), (10, {"guidance": 2.})]
 
-# beside each row the paper's own figures: COCO, one student step, FID (less is better) / CLIP score (more is).
+# beside a row, the paper's own figures: COCO, one student step, FID (less is better) / CLIP score (more is)
 # By default, λ = 2.5, the adversary's gradient is 23 times the distillation's, whose kind then hardly counts.
 LOUD = "lambda_distill=25"
 TABLE_1 = [Row(label, settings, "add", 300, said) for label, settings, said in [
