@@ -205,12 +205,14 @@ class Kept(TorchDispatchMode):
 
 def memory():
     """The most that is alive in a generator step of ADT, MiB, and a path's gradient norm, by its length.
-    Eight pictures; norms are medians of five batches, which differ by far more than the columns. K = 1 needs
-    least: the weights' gradient of the one call has no other's to be added to while a graph is there."""
+    A batch as in training; with all graphs kept that is several GiB. Norms are of eight pictures and medians
+    of five batches, which differ by far more than the columns. K = 1 needs least: the weights' gradient of the
+    one call has no other's to be added to while a graph is there."""
     run = run_of("adt")
     model, critic = run.model, run.critic.requires_grad_(False)
     batches = [run.source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
     known = [(model.condition(batch.caption), model.encode(batch.image)) for batch in batches]
+    usual = run.source.batch(run.config.batch_size, torch.Generator().manual_seed(0))
     ways = {"K = 2, graphs kept (the default)": (2, 0., False), "K = 1, recomputed": (1, 0., True),
             "K = 2": (2, 0., True), "K = 5": (5, 0., True), "K = all": (50, 0., True),
             "through the inputs, all, recomputed": (50, 1., True), "graphs kept": (50, 1., False)}
@@ -219,7 +221,7 @@ def memory():
         run.opt_g.zero_grad()
         with Kept([*model.parameters(), *critic.parameters()]) as kept:
             with models.half_precision():
-                terms, _, _ = adt.generator_loss(model, None, critic, batches[0], config)
+                terms, _, _ = adt.generator_loss(model, None, critic, usual, config)
             sum(terms.values()).backward()
         return kept.most / 2 ** 20
     def norm(i, n, leak):
@@ -271,8 +273,8 @@ def starting():
 
 def quality():
     """FD and minutes of every recipe in results/, and which of the front are both quicker and better.
-    FD of 2,000 pictures after ten steps (ADT) or one (ADD), a mean over the seeds there are: one to
-    three, and seeds scatter by a tenth. Minutes as steps take on this machine."""
+    FD of 2,000 pictures after ten steps (ADT) or one (ADD), mean ± standard deviation over the seeds there
+    are; who is ahead, is so in the mean, which may be chance. Minutes as steps take on this machine."""
     recipes = {}
     for path in sorted(figures.RESULTS.glob("ad[dt]-*steps-seed*.json")):
         method, source, rest = path.stem.split("-", 2)       # a setting may hold a "-": lr=5e-5
@@ -293,8 +295,9 @@ def quality():
         return f"{' '.join(recipe[2:-1]) or 'default'}, {recipe[-1]}"
     front, rows = [recipe for recipe in score if not ahead(recipe, score)], []
     for recipe in sorted(score, key=lambda recipe: (recipe[:2], score[recipe])):
-        minutes, fd = score[recipe]
-        rows.append((*recipe[:2], title(recipe), str(len(recipes[recipe])), f"{minutes:.1f}", f"{fd:.2f}",
+        (minutes, fd), fds = score[recipe], recipes[recipe]
+        spread = f" ± {statistics.stdev(fds):.2f}" if len(fds) > 1 else ""
+        rows.append((*recipe[:2], title(recipe), str(len(fds)), f"{minutes:.1f}", f"{fd:.2f}{spread}",
                      "; ".join(map(title, ahead(recipe, front))) or "none: on the front"))
     return ["data", "method", "recipe, steps", "seeds", "minutes", "FD", "quicker and better"], rows
 

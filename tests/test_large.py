@@ -200,7 +200,7 @@ def test_the_floor_of_a_step_knows_every_call(world, tmp_path, method):
 
 
 def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeypatch):
-    """Also where a setting has a hyphen; and of two seeds it takes the mean."""
+    """Also where a setting has a hyphen; and of two seeds it gives mean and scatter."""
     asked = []
     monkeypatch.setattr(benchmark.figures, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "run_of", lambda *words: asked.append(words) or SimpleNamespace(step=None))
@@ -211,5 +211,5 @@ def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeyp
             (tmp_path / f"{name}-seed{seed}.json").write_text(found)
     rows = benchmark.quality()[1]
     assert sorted(asked) == [("add",), ("add", "--set", "lr=5e-5", "--set", "terminal=.75")]
-    assert rows[0] == ("glyphs", "add", "lr=5e-5 terminal=.75, 40", "2", "4.0", "1.50", "none: on the front")
+    assert rows[0] == ("glyphs", "add", "lr=5e-5 terminal=.75, 40", "2", "4.0", "1.50 ± 0.71", "none: on the front")
     assert rows[1][-1] == "lr=5e-5 terminal=.75, 40"         # as good, and quicker
