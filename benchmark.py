@@ -206,8 +206,8 @@ class Kept(TorchDispatchMode):
 def memory():
     """The most that is alive in a generator step of ADT, MiB, and a path's gradient norm, by its length.
     A batch as in training; with all graphs kept that is several GiB. Norms are of eight pictures and medians
-    of five batches, which differ by far more than the columns. K = 1 needs least: the weights' gradient of the
-    one call has no other's to be added to while a graph is there."""
+    of five batches, which differ by far more than the columns. K = 1 needs least: the weights' gradient of
+    its one call has no other's to be added to while a graph is there."""
     run = run_of("adt")
     model, critic = run.model, run.critic.requires_grad_(False)
     batches = [run.source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
