@@ -196,18 +196,18 @@ def picture(rows, path, captions=None, note=""):
 
 
 def curves(log, path):
-    """log.jsonl's rows -> one small plot per quantity."""
+    """log.jsonl's rows -> one small plot per quantity, and its mean over a twentieth of the run around."""
     from matplotlib.figure import Figure
-    keys = [k for k in dict.fromkeys(k for row in log for k in row) if k not in ("step", "seconds")]
+    keys = dict.fromkeys(k for row in log for k in row if row[k] is not None and k not in ("step", "seconds"))
     figure = Figure(figsize=(12, 2.3 * -(-len(keys) // 4)))
-    axes = figure.subplots(-(-len(keys) // 4), 4, squeeze=False)
-    for axis in axes.flat[len(keys):]:
-        axis.axis("off")
-    for axis, key in zip(axes.flat, keys):
+    for i, key in enumerate(keys, 1):
         points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
-        axis.plot(*zip(*points), lw=.8) if points else None
-        axis.set_title(key, fontsize=8)
-        axis.tick_params(labelsize=6)
+        step, value = torch.tensor(points, dtype=torch.float64).T
+        near = len(step) // 40
+        mean = F.avg_pool1d(value[None], 2 * near + 1, 1, near, count_include_pad=False)[0]
+        axis = figure.add_subplot(-(-len(keys) // 4), 4, i)
+        axis.plot(step, value, "C0", lw=.5, alpha=.4), axis.plot(step, mean, "C0")
+        axis.set_title(key, fontsize=8), axis.tick_params(labelsize=6)
     figure.tight_layout()
     with survival.whole(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
