@@ -212,7 +212,7 @@ def memory():
     model, critic = run.model, run.critic.requires_grad_(False)
     batches = [run.source.batch(8, torch.Generator().manual_seed(i)) for i in range(5)]
     known = [(model.condition(batch.caption), model.encode(batch.image)) for batch in batches]
-    usual = run.source.batch(run.config.batch_size, torch.Generator().manual_seed(0))
+    usual = run.source.batch(run.config.batch, torch.Generator().manual_seed(0))
     ways = {"K = 2, graphs kept (the default)": (2, 0., False), "K = 1, recomputed": (1, 0., True),
             "K = 2": (2, 0., True), "K = 5": (5, 0., True), "K = all": (50, 0., True),
             "through the inputs, all, recomputed": (50, 1., True), "graphs kept": (50, 1., False)}
