@@ -79,6 +79,8 @@ class Config:
                              "leave teacher_steps and teacher_guidance at 1")
         if self.lambda_adv == self.lambda_distill == 0:
             raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
+        if self.lambda_adv == 0:
+            self.warmup_d = 0                                # there is no adversary to wait for
 
     def path(self, T):
         """The student's times tau_n … tau_1 on a schedule of T."""
@@ -89,7 +91,7 @@ class Config:
         path; the student leaps, and between leaps its picture is noised again."""
         return ([("before", steps, {}) for steps in (1, 4, 25)]
                 + [("after", steps, {"fresh": self.fresh, "last": self.last})
-                   for steps in sorted({1, 2, 4, self.student_steps}) if steps <= self.student_steps])
+                   for steps in sorted({1, 2, 4, self.student_steps}) if self.student_steps % steps == 0])
 
     def critic(self, features, text_width):
         known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}

@@ -70,6 +70,8 @@ class Config:
                 raise ValueError(f"{name} is a share, 0 to 1")
         if self.ema == 1:
             raise ValueError("ema is below 1: an average that never moves learns nothing")
+        if self.lambda_adv == self.lambda_diff == 0:
+            raise ValueError("lambda_adv and lambda_diff are both 0: nothing is left to learn from")
         if self.lambda_adv == 0:
             self.warmup_d = 0                                # there is no adversary to wait for
 
@@ -136,7 +138,7 @@ def generator_loss(model, teacher, critic, batch, config):
     with torch.no_grad():
         cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
         if config.real == "decoded":
-            batch.image = model.decode(x0)                   # from here on, in both halves
+            batch.image = discriminator.visible(model.decode(x0))             # from here on, in both halves
     x0_hat = simulate(model, x0, cond, uncond, config, batch.luck)
     fake = discriminator.visible(model.decode(x0_hat))                                       # with gradient
     adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))

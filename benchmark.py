@@ -272,9 +272,9 @@ def starting():
 # --------------------------------------------------------------------------------- 7: time to quality
 
 def quality():
-    """FD and minutes of every recipe in results/, and which of the front are both quicker and better.
+    """FD of every recipe in results/, minutes of its steps in this run, which are both quicker and better.
     FD of 2,000 pictures after ten steps (ADT) or one (ADD), mean ± standard deviation over the seeds there
-    are; who is ahead, is so in the mean, which may be chance. Minutes as steps take on this machine."""
+    are; who is ahead, is so in the mean, which may be chance."""
     recipes = {}
     for path in sorted(figures.RESULTS.glob("ad[dt]-*steps-seed*.json")):
         method, source, rest = path.stem.split("-", 2)       # a setting may hold a "-": lr=5e-5
@@ -490,17 +490,22 @@ TABLES = {"step": overhead, "memory": memory, "data": supply, "sampling": sampli
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)} (default: all)")
-    parser.add_argument("--out", default=str(HERE / "figures" / "benchmark.md"))
+    parser.add_argument("--out", help="where to write them (default: figures/benchmark.md if all are made)")
     a = parser.parse_args(argv)
     if unknown := set(a.tables) - set(TABLES):
         parser.exit(2, f"benchmark.py: no table '{unknown.pop()}': wanted {', '.join(TABLES)}\n")
+    out = Path(a.out or HERE / "figures" / "benchmark.md")
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        parser.exit(2, f"benchmark.py: --out {out}: wanted a file in a folder that is there\n")
     text = [f"`python benchmark.py` · {platform.processor() or platform.machine()}, "
             f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {figures.commit()}"]
     for name in a.tables or TABLES:
         columns, rows = TABLES[name]()
         text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n{evaluate.markdown(columns, rows)}")
         print(text[-1], "\n", flush=True)
-    survival.write(Path(a.out), "\n\n".join(text) + "\n")
+    if a.out or not a.tables:
+        survival.write(out, "\n\n".join(text) + "\n")
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Where pictures and captions come from:
-`glyphs` (drawn on the fly), `fashion` (photographs), or your own folder.
+"""Where pictures and captions come from: glyphs (drawn on the fly), fashion (photographs), your own folder.
 
 A source has `attributes`, `words`, `sizes` and `batch(n, generator, split)`; a batch is pictures in
 [-1, 1] and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of
@@ -7,8 +6,7 @@ letters, digits and pictograms from the fonts matplotlib carries, so nothing is 
 never ends. Captions forget attributes at random, as real captions do. Every shape has one ink colour it is
 never seen in during training: those (shape, ink) pairs are the `held_out` compositions.
 
-Look at them:  python data.py --show glyphs          Read next: models.py
-"""
+Look at them:  python data.py --show glyphs          Read next: models.py"""
 
 import argparse
 import csv
@@ -67,8 +65,7 @@ FAMILIES = {  # family -> the four styles: regular, bold, italic, bold italic
     "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
     "roman": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-    "typewriter": ("cmtt10",),                               # Computer Modern has one cut of it
-}
+    "typewriter": ("cmtt10",)}                              # Computer Modern has one cut of it
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PICTOGRAMS = (
     "☀☁☂☃☄★☆☇☈☎☐☑☒☔☕☘☚☜☝☞☟☠☢☣☤☥☦☧☨☩☪☮☯☸☹☺☻☽☾♀♂♃♄♅♆♇♈♉♊♋♌♍♎♏♐♑♒♓♔♕♖♗♘♙♚♛♜♝♞♟♠♡♢♣♤♥♦♧♨♩♪♫♬♭♮♯"
@@ -107,8 +104,7 @@ def mask(font, character, px=64):
 
 
 class Glyphs:
-    """Endless captioned pictures with exactly known attributes;
-    a held-out split by (shape, ink) composition."""
+    """Endless captioned pictures with exactly known attributes; held out are (shape, ink) compositions."""
     name = "glyphs"
     sizes = {"train": None, "test": None, "held_out": None}                   # endless
     closed = False
@@ -136,8 +132,7 @@ class Glyphs:
         self.phrases = self.words                            # captions that between them say everything
 
     def batch(self, n, generator=None, split="train"):
-        """n fresh pictures. split 'train' and 'test' share compositions, never pictures;
-        'held_out' has the others."""
+        """n fresh pictures. 'train' and 'test' share compositions, never pictures; 'held_out' has others."""
         check_split(split, self.sizes)
         variant = torch.multinomial(self.weight, n, replacement=True, generator=generator)
         shape, family, bold, italic = self.variants[variant].T
@@ -156,8 +151,7 @@ class Glyphs:
                      truth, named)
 
     def draw(self, variant, ink, ground, generator=None):
-        """Jitter the masks (shift, turn, scale), average 2x2, paint:
-        (n,) indices -> (n, 3, 32, 32) in [-1, 1]."""
+        """Jitter the masks (shift, turn, scale), average 2x2, paint: (n,) -> (n, 3, 32, 32) in [-1, 1]."""
         n = len(variant)
         u = torch.rand(n, 4, generator=generator) * 2 - 1
         angle, scale = u[:, 0] * .09, 1 + u[:, 1] * .07                       # +-5 degrees, +-7 %
@@ -232,8 +226,7 @@ def fashion_file(name):
     except (OSError, EOFError, zlib.error) as error:
         raise FileNotFoundError(
             f"Fashion-MNIST not found: no good {name}.gz in {cache}, none from Debian's package (apt install "
-            f"dataset-fashion-mnist), and the download failed ({error}); "
-            f"put the four .gz files in {cache}") from None
+            f"dataset-fashion-mnist), and the download failed ({error}); put the four .gz there") from None
     cache.mkdir(parents=True, exist_ok=True)
     (partial := cache / f"{name}.part").write_bytes(packed)
     partial.replace(cache / f"{name}.gz")                    # atomic: a half-written file is never found
@@ -294,8 +287,7 @@ def rows_of(table):
             try:
                 rows.append((number, json.loads(line)))
             except (ValueError, RecursionError):
-                raise ValueError(f"{table} line {number}: wanted a JSON object "
-                                 "with file_name and text") from None
+                raise ValueError(f"{table} line {number}: wanted JSON with file_name and text") from None
     return rows
 
 
@@ -327,8 +319,7 @@ class Folder:
         self.name = folder.resolve().name
         self.paths, self.captions = self.listing(folder)
         if not self.paths:
-            raise ValueError(f"no images in {folder}: wanted pictures with metadata.jsonl, "
-                             "or a .txt beside each")
+            raise ValueError(f"no images in {folder}: wanted some with metadata.jsonl or a .txt beside each")
         self.check(folder)
         self.sizes = dict.fromkeys(("train", "test"), len(self.paths))
         self.words = sorted({w for text in self.captions for w in text.lower().split()})
@@ -433,8 +424,7 @@ def build(name, size=SIZE):
     if name in ("glyphs", "fashion"):
         return Glyphs() if name == "glyphs" else Fashion()
     if not Path(name).is_dir():
-        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, "
-                                "or a folder of captioned images")
+        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, or a folder of images")
     return Folder(name, size)
 
 
@@ -462,6 +452,8 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     path = arguments.out or f"{Path(arguments.show).name}.png"
     try:
+        if Path(path).suffix != ".png" or Path(path).is_dir():
+            raise ValueError(f"--out {path}: wanted the name of a PNG")
         contact_sheet(build(arguments.show), path, seed=arguments.seed)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")

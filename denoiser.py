@@ -8,8 +8,7 @@ flows.
     [x_t]   [alpha sigma] [x0 ]          eps: (a, b) = (0, 1)            x0:   (1, 0)
     [ y ] = [  a     b  ] [eps]          v:          (-sigma, alpha)     flow: (-1, 1)
 
-Time runs one way everywhere: index 0 is the cleanest step, T-1 the noisiest.        Read next: models.py
-"""
+Time runs one way everywhere: index 0 is the cleanest step, T-1 the noisiest.        Read next: models.py"""
 
 import copy
 
@@ -33,8 +32,7 @@ class Denoiser(nn.Module):
         if target not in ("eps", "x0", "v", "flow"):
             raise ValueError(f"unknown prediction target '{target}': wanted eps, x0, v or flow")
         if target == "eps" and alpha[-1] == 0:
-            raise ValueError("an eps-model needs alpha_T > 0: "
-                             "from pure noise, the noise says nothing about x0")
+            raise ValueError("an eps-model needs alpha_T > 0: pure noise says nothing about x0")
         self.target = target
         for name, table in (("alpha", alpha), ("sigma", sigma), ("time", time)):
             self.register_buffer(name, table.float(), persistent=False)
@@ -73,16 +71,14 @@ class Denoiser(nn.Module):
 
     def split(self, x, y, t):
         """Solve the 2x2 system by Cramer's rule: (x_t, y) -> (x0, eps), in x's precision, whatever y's.
-        The determinant is alpha (eps), -sigma (x0) or 1 (v) and alpha + sigma (flow): nothing here divides by
-        alpha_T = 0."""
+        Its determinant: alpha (eps), -sigma (x0), 1 (v) or alpha + sigma (flow): alpha_T = 0 is harmless."""
         y = y.to(x.dtype)
         (alpha, sigma), (a, b) = self.at(t), self.coefficients(t)
         determinant = alpha * b - sigma * a
         return (b * x - sigma * y) / determinant, (alpha * y - a * x) / determinant
 
     def predict(self, x, t, cond, uncond=None, guidance=1.0):
-        """One guided call: y_u + w (y_c - y_u); w = 1 is off and costs one pass,
-        otherwise both halves share one."""
+        """One guided call: y_u + w (y_c - y_u). w = 1 is off; otherwise both halves share one pass."""
         time = self.look_up(self.time, t)
         if guidance == 1.0:
             return self.output(x, time, cond)
@@ -126,8 +122,7 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def output(self, x, time, cond):
-        """x (B, C, h, w), time (B,) in the family's own unit, cond as `condition` made it
-        -> y (B, C, h, w)."""
+        """x (B, C, h, w), time (B,) in the family's own unit, cond from `condition` -> y (B, C, h, w)."""
         raise NotImplementedError
 
     def encode(self, image):

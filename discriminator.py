@@ -6,8 +6,7 @@ real one of the same caption. ADD's is *projected*: it looks at one picture by i
 in the small world its verdicts on a real and a made one are then compared (add.py).
 
 Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture
-it is shown; the generator's gradient flows through it all the same.               Read next: adt.py
-"""
+it is shown; the generator's gradient flows through it all the same.               Read next: adt.py"""
 
 from functools import partial
 
@@ -178,8 +177,7 @@ class Projected(nn.Module):
         return [x.squeeze(-1) for x in seen]
 
     def forward(self, real, other, known=None):
-        """real, other (B, 3, H, W), known (B, C) -> one (B, N) per layer. Unless relative, real is None or
-        not looked at."""
+        """real (unseen unless relative), other (B, 3, H, W), known (B, C) -> one (B, N) per layer."""
         logits = self.score(self.features(other), known)
         if not self.relative:
             return logits

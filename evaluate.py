@@ -7,8 +7,7 @@ sample count: no model can be asked to beat the real-vs-real floor. *Excess* is 
     python evaluate.py --data fashion                                      what is shipped: base, ADT, ADD
     python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50
     python evaluate.py --study base add --prompts FILE          people choose: preference.py
-Read next: notebooks/
-"""
+Read next: notebooks/"""
 
 import argparse
 import json
@@ -77,7 +76,7 @@ class Examiner:
         data.check_split(split, source.sizes)
         if source.sizes[split] and 2 * n > source.sizes[split]:
             raise ValueError(f"the {split} split has {source.sizes[split]} pictures: halves that share none "
-                             f"leave --samples {source.sizes[split] // 2} at most, not {n}")
+                             f"leave --samples {source.sizes[split] // 2} at most, not {n}; 200 is the least")
         self.source, self.judge = source, models.judge(source.name, weights)
         heads = [head[-1].out_features for head in self.judge.heads]
         if heads != [len(classes) for classes in source.attributes.values()]:
@@ -137,7 +136,8 @@ def examine(players, captions, examiner=None, seed=0, out=None):
         label = f"{name}, {in_steps(steps)}"
         shown.append((label, sample(model, captions, steps, seed=seed + 1, **settings)))
         if examiner:
-            folder = Path(out, label.replace("/", "-")) if out else None
+            seeds = [known for known, _ in rows].count(label)
+            folder = Path(out, label.replace("/", "-") + f", seed {seeds + 1}" * bool(seeds)) if out else None
             rows.append((label, measure(examiner, model, steps, out=folder, seed=seed, **settings)))
     if examiner:
         rows.append(("real pictures", {**examiner.floor, "steps": "", "excess": 0.}))
@@ -242,10 +242,11 @@ def locate(name, a, dataset):
     plan = survival.read_plan(path / "config.json") if (path / "config.json").is_file() else {}
     model = models.build(plan.get("model", "tiny"), dataset, name, a.size)
     dataset = a.data or plan.get("data") or model.facts.get("data")
-    if not dataset:
+    if not isinstance(dataset, str):
         raise ValueError(f"{name} does not say which data set it belongs to: add --data")
     group = " ".join([plan["method"], *plan["set"], f"({plan['steps']} steps)",
-                      *([f"from {plan['weights']}"] if plan["weights"] else [])]) if plan else str(path)
+                      *(f"{key}={plan[key]}" for key in "model weights features size lora world".split()
+                        if plan[key] not in ("tiny", None, 0, 1))]) if plan else str(path)
     rows = ways(model.facts.get("rows") or plan.get("rows"), path)
     return Found(group, model, dataset, None if model.heavy else plan.get("weights"), rows)
 
@@ -254,7 +255,8 @@ def ways(rows, path):
     """[(steps, sampler settings)] as a file names them, checked; BASE_ROWS where it names none."""
     try:
         for steps, settings in rows or []:
-            if not isinstance(steps, int) or settings.keys() - {"guidance", "shift", "last", "fresh"}:
+            if not isinstance(steps, int) or settings.keys() - {"guidance", "shift", "last", "fresh"} or any(
+                    not isinstance(value, (int, float)) for value in settings.values()):
                 raise TypeError
     except (TypeError, ValueError, AttributeError):
         raise ValueError(f"{path} names no ways to sample that this program knows") from None
@@ -262,8 +264,7 @@ def ways(rows, path):
 
 
 def gather(rows):
-    """[(name, figures)] with repeated names -> one row each,
-    'mean ± std' where a name occurs more than once."""
+    """[(name, figures)] with repeated names -> one row each, 'mean ± std' where there were more."""
     groups = {}
     for name, figures in rows:
         groups.setdefault(name, []).append(figures)
@@ -294,13 +295,11 @@ def filed(pictures, captions, out):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Measure and draw: " + __doc__.split("\n\n")[0],
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("models", nargs="*", help=f"{', '.join(SHIPPED)} (shipped; default: all that are), "
                                                   "run folders, weights files")
     parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
-    parser.add_argument("--model", default="tiny", help="whose base 'base' is: "
-                                                        + ", ".join(["tiny", *models.FAMILIES]))
+    parser.add_argument("--model", default="tiny", help=f"whose base: tiny, {', '.join(models.FAMILIES)}")
     parser.add_argument("--weights", help="of a real model's base: a diffusers folder or hub id")
     parser.add_argument("--size", type=int, help="pixels, both sides, of real models")
     for judge, what in JUDGES.items():
@@ -347,6 +346,8 @@ def check(a):
         raise ValueError("--fresh is a share between 0 and 1, --guidance a number, 0 or more")
     if not (0 <= a.seed < 2 ** 63 - 1 and a.samples <= 10 ** 6):
         raise ValueError("--seed is from 0 to 2^63 - 2, --samples a million at most")
+    if a.weights and a.model == "tiny":
+        raise ValueError("--weights is for --model sd15, sdxl, sd3; a tiny model's file replaces 'base'")
     if not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {a.out}: there is no such folder")
     if Path(a.out).suffix not in ((".png", ".html") if a.study else (".png",)) or Path(a.out).is_dir():
@@ -375,6 +376,8 @@ def players_of(a):
         players += able
     first = found[0]
     judges = {name: getattr(a, name) for name in JUDGES if getattr(a, name)}
+    if judges and not first.model.heavy:
+        raise ValueError(f"--{[*judges][0]} is for real models: the tiny one has a judge of its own")
     captions, examiner = [a.prompt] * 8, None
     if a.prompt is None:
         source = data.build(first.data, first.model.size)

@@ -7,8 +7,7 @@ is a mean here, each head's own a mean over its tokens: lambda then depends on n
     L_G = L_diff + lambda * (-D(fake)), or (ADD) -D(fake) + lambda L_distill
     L_D = relu(1 - D(real)) + relu(1 + D(fake)), or (ADD, relative) of D(real) - D(fake)
 
-Read next: discriminator.py
-"""
+Read next: discriminator.py"""
 
 import torch
 import torch.nn.functional as F

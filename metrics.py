@@ -3,8 +3,7 @@
 The tiny world has a judge of its own (evaluate.py); for real models there are public ones, loaded through
 transformers from a folder or hub id that the user names. Careful: a discriminator that looks through DINOv2
 teaches its generator to please DINOv2; beside it FD-DINOv2 flatters, and CMMD is the one to believe.
-Read next: evaluate.py
-"""
+Read next: evaluate.py"""
 
 from functools import reduce
 
@@ -52,14 +51,12 @@ def loaded(kind, source, flag, **how):
         thing = getattr(transformers, kind).from_pretrained(source, **how)
     except Exception as error:
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        raise OSError(f"{flag} {source}: cannot load {kind} from it ({why}); "
-                      "name a folder that holds one") from None
+        raise OSError(f"{flag} {source}: cannot load {kind}, name a folder with one ({why})") from None
     return thing.eval().requires_grad_(False) if isinstance(thing, torch.nn.Module) else thing
 
 
 def prepared(images, side, mean, spread):
-    """[-1, 1] (B, 3, H, W) -> (B, 3, side, side) as a judge wants it, who knows pictures of this mean and
-    spread."""
+    """[-1, 1] (B, 3, H, W) -> (B, 3, side, side) as a judge of pictures of this mean and spread wants it."""
     x = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1) * .5 + .5
     mean, spread = (torch.tensor(value, device=x.device).view(3, 1, 1) for value in (mean, spread))
     return (x - mean) / spread
@@ -87,8 +84,8 @@ class Clip:
         return F.normalize(self.model.text_projection(self.model.text_model(**tokens).pooler_output)).cpu()
 
 
-def aesthetics(path):
-    """The LAION predictor, linear layers on CLIP ViT-L/14's unit embeddings -> a function of (B, D)."""
+def aesthetics(path, width):
+    """The LAION predictor, linear layers on CLIP ViT-L/14's unit embeddings -> a function of (B, width)."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         numbers = sorted({int(key.split(".")[1]) for key in state})
@@ -96,6 +93,8 @@ def aesthetics(path):
     except Exception as error:
         raise OSError(f"--aesthetics {path}: wanted the state dict of the LAION predictor "
                       f"({type(error).__name__})") from None
+    if (wants := layers[0][0].shape[1]) != width:
+        raise ValueError(f"--aesthetics {path} reads embeddings of {wants} numbers, --clip gives {width}")
     return lambda x: reduce(lambda x, layer: F.linear(x, *layer), layers, x).squeeze(1)
 
 
@@ -105,6 +104,8 @@ class Panel:
 
     def __init__(self, source, n, judges, device="cpu", seed=1234):
         """judges: {dino, clip, pickscore, hps, aesthetics: folder, file or hub id}, those that there are."""
+        if n < 4:
+            raise ValueError(f"--samples {n}: measuring wants 4 pictures or more")
         if not source.sizes["test"] or source.sizes["test"] < 2 * n:
             raise ValueError(f"--samples {n}: measuring wants twice as many different photographs (--data), "
                              f"and '{source.name}' has {source.sizes['test'] or 'none'}")
@@ -114,7 +115,8 @@ class Panel:
                       for name in ("clip", "pickscore", "hps") if name in judges}
         if "aesthetics" in judges and "clip" not in judges:
             raise ValueError("--aesthetics reads CLIP ViT-L/14's embeddings: name it with --clip")
-        self.taste = aesthetics(judges["aesthetics"]) if "aesthetics" in judges else None
+        self.taste = (aesthetics(judges["aesthetics"], self.clips["clip"].model.config.projection_dim)
+                      if "aesthetics" in judges else None)
         # models are measured against the first half of the photographs, and asked the captions of the second
         self.source, self.seed, told = source, seed, []
         def photographs():

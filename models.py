@@ -2,8 +2,7 @@
 
 The tiny model fulfils the same contract as Stable Diffusion (denoiser.py); its networks are in networks.py,
 its weights in weights/. Files are safetensors, with a few facts about themselves in their headers.
-Read next: sampler.py
-"""
+Read next: sampler.py"""
 
 import json
 from pathlib import Path
@@ -89,8 +88,7 @@ def half_precision():
 
 
 def save(module, path, **facts):
-    """fp16 safetensors with a few facts (JSON values) in the header;
-    written beside the file, then renamed."""
+    """fp16 safetensors with a few facts (JSON values) in the header, whole or not at all."""
     from safetensors.torch import save_file
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +103,7 @@ def load(path):
     """-> (state dict in fp32, facts). Never unpickles."""
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}: make them with `python pretrain.py --data …`, "
-                                "or name others")
+        raise FileNotFoundError(f"no weights at {path}: name others, or make some with pretrain.py --data …")
     try:
         with safe_open(path, "pt") as file:
             facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
@@ -123,13 +120,14 @@ def fill(module, state, path):
     if wrong:
         raise ValueError(f"{path} holds another network: {len(wrong)} tensors do not fit, "
                          f"'{sorted(wrong)[0]}' first")
+    if not all(value.isfinite().all() for value in state.values()):
+        raise ValueError(f"{path} holds weights that are no numbers")
     module.load_state_dict(state)
     return module
 
 
 def find(which, data, weights=None):
-    """Where a network's file is: in the folder named by --weights if it has one,
-    else among the shipped ones."""
+    """Where a network's file is: in the folder named by --weights if it has one, else the shipped one."""
     own = Path(weights) / f"{which}.safetensors" if weights else None
     return own if own and own.is_file() else WEIGHTS / data / f"{which}.safetensors"
 

@@ -2,8 +2,7 @@
 
 They stand where the large ones stand in real models: TinyText for CLIP, TinyUNet for SD's U-Net, TinyViT for
 DINOv2. Nothing here knows about noise levels or adversaries; it is plain torch, trained by pretrain.py.
-Read next: models.py
-"""
+Read next: models.py"""
 
 import torch
 import torch.nn as nn
@@ -64,8 +63,7 @@ class TinyText(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def tokens(self, captions):
-        """B strings -> (B, length) word numbers.
-        An unknown word is an error that names its nearest relatives."""
+        """B strings -> (B, length) word numbers. Of an unknown word an error names the nearest relatives."""
         import difflib
         rows = []
         for caption in captions:

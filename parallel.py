@@ -3,8 +3,7 @@
 Every process has its own micro-batches, with random numbers of their own, and all take the same step: the sum
 of their gradients. Two processes do what one would with --set accumulate=2. With --shard each keeps only its
 share of the weights (FSDP2), for what does not fit in one memory.
-Read next: train.py
-"""
+Read next: train.py"""
 
 import os
 from datetime import timedelta

@@ -7,8 +7,7 @@ constraint (`rollout`): the network always sees a detached input, and only chose
     d x0_final / d theta = sum over chosen steps of (a scalar of the schedule) * d y_theta / d theta,
 with no product of network Jacobians: nothing to explode, and the memory of the chosen steps' graphs alone,
 or of one where they are recomputed.
-Read next: losses.py
-"""
+Read next: losses.py"""
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
@@ -27,7 +26,7 @@ def timeline(T, steps, shift=1.0, last=1.0):
     u = shift * u / (1 + (shift - 1) * u)
     u[0] = last
     if not 0 < last <= 1 or steps > 1 and u[1] >= last:
-        raise ValueError(f"last is a share of T above the path's next stop, not {last}")
+        raise ValueError(f"last is a share of T above the path's next stop, not {last:g}: take fewer steps")
     return (u * T).round().long().clamp(min=1) - 1                            # (steps,)
 
 
@@ -55,8 +54,7 @@ def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0
     output is a constant. leak: how much gradient passes through the network's input (0 is ADT's rule, 1 is
     plain backpropagation). checkpoint: recompute each network call in the backward pass, so that one graph is
     alive at a time whatever n and len(train). fresh: share of new noise in each step, 0 = DDIM / Euler, 1 =
-    forget eps entirely. visit(i, x0): called after every step, for pictures of the path.
-    """
+    forget eps entirely. visit(i, x0): called after every step, for pictures of the path."""
     if not 0 <= fresh <= 1:
         raise ValueError(f"fresh is a share between 0 and 1, not {fresh}")
     for i, t in enumerate(times):

@@ -2,8 +2,7 @@
 
 Each is a diffusers pipeline taken apart: its schedule becomes three tables, its network the one thing that
 learns, its VAE encodes and decodes, its own encode_prompt reads the captions. What comes out of training goes
-back into a pipeline, or is a LoRA that any pipeline loads.                          Read next: sampler.py
-"""
+back into a pipeline, or is a LoRA that any pipeline loads.                          Read next: sampler.py"""
 
 import copy
 import hashlib
@@ -109,8 +108,7 @@ class Latent(Denoiser):
             return                                           # they go on learning
         self.rank = rank
         self.network.requires_grad_(False)
-        attention = ["to_q", "to_k", "to_v", "to_out.0",
-                     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+        attention = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                             target_modules=attention))
 
@@ -128,13 +126,16 @@ class Latent(Denoiser):
 
     def wear(self, path):
         """Adapters from the file that `keep` wrote."""
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         try:
             layers = {name.removeprefix(f"{self.part}."): value for name, value in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error})") from None
+        own = get_peft_model_state_dict(self.network)
+        if {name: value.shape for name, value in layers.items()} != {k: v.shape for k, v in own.items()}:
+            raise ValueError(f"{path} does not hold the adapters of this network")
         set_peft_model_state_dict(self.network, layers)
         self.worn = True
 
@@ -230,8 +231,8 @@ class Latent(Denoiser):
         scheduler = self.few_step_scheduler(max(steps for steps, _ in facts["rows"])) if student else None
         if self.rank:
             with survival.whole(out / "pytorch_lora_weights.safetensors") as partial:
-                self.pipeline.save_lora_weights(out, **{f"{self.part}_lora_layers": state},
-                                                weight_name=partial.name)
+                layers = {f"{self.part}_lora_layers": state}
+                self.pipeline.save_lora_weights(out, weight_name=partial.name, **layers)
             scheduler and scheduler.save_pretrained(out / "scheduler")
         else:
             pipe = load(self.pipeline, self.source, **({"scheduler": scheduler} if student else {}))
@@ -243,6 +244,7 @@ class Latent(Denoiser):
     def use(self, scheduler, rows):
         """How plain diffusers opens the result and draws with it: Markdown."""
         kind, source = self.pipeline.__name__, self.source if self.rank else "pipeline"
+        source = str(Path(source).resolve()) if self.rank and Path(source).exists() else source
         lines = ["import diffusers", f'pipe = diffusers.{kind}.from_pretrained("{source}")']
         if self.rank:
             lines += ['pipe.load_lora_weights(".")']
@@ -322,15 +324,22 @@ FAMILIES = {"sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/sta
             "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
 
 
+def index_of(source):
+    """What is in a diffusers folder, by its own word; nothing of a hub id."""
+    path = Path(source) / "model_index.json"
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged: copy the folder again") from None
+
+
 def load(kind, source, **parts):
     """A diffusers pipeline as it came, without pickles, without what it came without (SD 3's T5), and without
     Stable Diffusion 1.5's picture censor and its eyes; in half precision where a folder has nothing else."""
     parents = {path.parent for path in Path(source).glob("*/*.safetensors")}
     halved = any(all(".fp16." in path.name for path in parent.glob("*.safetensors")) for parent in parents)
     variant = {"variant": "fp16"} if halved else {}
-    if (index := Path(source) / "model_index.json").is_file():
-        parts = {key: None for key, value in json.loads(index.read_text()).items()
-                 if value == [None, None]} | parts
+    parts = {key: None for key, value in index_of(source).items() if value == [None, None]} | parts
     if kind.__name__ == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return kind.from_pretrained(source, use_safetensors=True, **variant, **parts)
@@ -349,6 +358,8 @@ def pipeline(model, weights, size):
     index, run = Path(source) / "model_index.json", Path(source) / "config.json"
     if run.is_file() and not index.is_file():                # of train.py: its result, whole or adapters
         plan = survival.read_plan(run)
+        if plan["model"] != model:
+            raise ValueError(f"{source} is a run of {plan['model']}, not of --model {model}")
         if (Path(source) / "pipeline").is_dir():
             return pipeline(model, Path(source) / "pipeline", size or plan["size"])
         layers = Path(source) / "pytorch_lora_weights.safetensors"
@@ -361,7 +372,7 @@ def pipeline(model, weights, size):
         return denoiser
     if Path(source).exists() and not index.is_file():
         raise ValueError(f"--weights {source}: wanted a diffusers folder, found no model_index.json in it")
-    if index.is_file() and (held := json.loads(index.read_text()).get("_class_name")) != name:
+    if index.is_file() and (held := index_of(source).get("_class_name")) != name:
         raise ValueError(f"--weights {source} holds a {held}: --model {model} wants a {name}")
     if not index.is_file() and (source.count("/") != 1 or source[0] in "./~"):
         raise FileNotFoundError(f"--weights {source}: no such folder, and no hub id either (OWNER/NAME)")

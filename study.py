@@ -129,7 +129,10 @@ def measured(cache, examiner, ways, opened):
     """(way in words, figures) of a model, each measured once in the life of the file `cache`.
     opened: function -> model, more figures; called only if there is something to measure. None: what is not
     known yet is left out."""
-    known, model = json.loads(cache.read_text()) if cache.is_file() else {}, None
+    try:
+        known, model = dict(json.loads(cache.read_text())) if cache.is_file() else {}, None
+    except (ValueError, TypeError):
+        raise ValueError(f"{cache} is damaged: remove it, and its run is measured again") from None
     for steps, settings in ways:
         way = name(steps, settings)
         key = f"{way} ({len(examiner.captions)} pictures)"
@@ -140,6 +143,31 @@ def measured(cache, examiner, ways, opened):
             known[key] = {**evaluate.measure(examiner, model, steps, **settings), **beside}
             survival.write(cache, json.dumps(known, indent=1) + "\n")
         yield way, known[key]
+
+
+def rows_of(a, plan, folder, source, examiner, base):
+    """The study's rows, in the order of its table: (label, figures), what is missing trained and measured."""
+    lines, runs, pace = [], [], {}
+    known = folder / f"base-{source.name}.json"
+    for way, figures in measured(known, examiner, plan.base, None if a.so_far else lambda: (base, {})):
+        lines.append((f"base, {way}", "", {**figures, "minutes": ""}))
+    for seed, row in itertools.product(range(a.seeds or plan.seeds), plan.rows):
+        steps = a.steps or row.steps or train.METHODS[row.method][2]
+        out = folder / "-".join([row.method, source.name, *row.settings, f"{steps}steps", f"seed{seed}"])
+        own = [how for who, *how in train.settle(row.method, row.settings).rows() if who == "after"]
+        ways = [*(plan.at or own), *(plan.also if seed == 0 else [])]
+        make = None if a.so_far else lambda: trained(row, a.data, seed, steps, out)
+        for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways, make):
+            recipe = row.method, *row.settings
+            runs.append((row, way, figures, recipe, steps))
+            pace[recipe] = min(pace.get(recipe, 1e9), figures["minutes"] / steps)
+    for row, way, figures, recipe, steps in runs:            # of runs that shared the machine, the quickest
+        lines.append((f"{row.label}, {way}", row.said, {**figures, "minutes": pace[recipe] * steps}))
+    lines.append(("real pictures", "", {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}))
+    if any(row.said for row in plan.rows):
+        lines = [(label, said, {"in the paper": said, **figures}) for label, said, figures in lines]
+    return [(label, {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()})
+            for label, _, figures in lines]                  # what counts, whatever the number of threads
 
 
 def parse(argv=None):
@@ -158,34 +186,17 @@ def parse(argv=None):
 
 def main(argv=None):
     parser, a = parse(argv)
-    plan, folder, lines = STUDIES[a.study], Path(a.out), []
+    plan, folder = STUDIES[a.study], Path(a.out)
     try:
+        if min(1 if number is None else number for number in (a.seeds, a.steps, a.samples)) < 1:
+            raise ValueError("--seeds, --steps and --samples are 1 or more")
         source = data.build(a.data)
         examiner = evaluate.Examiner(source, a.samples)
         base = models.build("tiny", source.name)
         folder.mkdir(parents=True, exist_ok=True)
+        lines = rows_of(a, plan, folder, source, examiner, base)
     except (ValueError, OSError) as error:
         parser.exit(2, f"study.py: {error}\n")
-    known, runs, pace = folder / f"base-{source.name}.json", [], {}
-    for way, figures in measured(known, examiner, plan.base, None if a.so_far else lambda: (base, {})):
-        lines.append((f"base, {way}", "", {**figures, "minutes": ""}))
-    for seed, row in itertools.product(range(a.seeds or plan.seeds), plan.rows):
-        steps = a.steps or row.steps or train.METHODS[row.method][2]
-        out = folder / "-".join([row.method, source.name, *row.settings, f"{steps}steps", f"seed{seed}"])
-        own = [how for who, *how in train.settle(row.method, row.settings).rows() if who == "after"]
-        ways = [*(plan.at or own), *(plan.also if seed == 0 else [])]
-        make = None if a.so_far else lambda: trained(row, a.data, seed, steps, out)
-        for way, figures in measured(out.with_name(f"{out.name}.json"), examiner, ways, make):
-            recipe = row.method, *row.settings
-            runs.append((row, way, figures, recipe, steps))
-            pace[recipe] = min(pace.get(recipe, 1e9), figures["minutes"] / steps)
-    for row, way, figures, recipe, steps in runs:            # of runs that shared the machine, the quickest
-        lines.append((f"{row.label}, {way}", row.said, {**figures, "minutes": pace[recipe] * steps}))
-    lines.append(("real pictures", "", {**examiner.floor, "steps": "", "excess": 0., "minutes": ""}))
-    if any(row.said for row in plan.rows):
-        lines = [(label, said, {"in the paper": said, **figures}) for label, said, figures in lines]
-    lines = [(label, {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()})
-             for label, _, figures in lines]                 # what counts, whatever the number of threads
     text = evaluate.table(evaluate.gather(lines))
     survival.write(folder / f"study-{a.study}-{source.name}.json", json.dumps(lines, indent=0))
     survival.write(folder / f"{a.study}-{source.name}.md", text + "\n")

@@ -3,8 +3,7 @@
 A file is written beside its name and renamed when it is whole, so a kill, a full disk or a power cut leaves
 the one before. A checkpoint holds everything that the next step depends on; what is random follows from the
 step's number (train.Run.dice). What is read back is checked before any of it is believed.
-Read next: train.py
-"""
+Read next: train.py"""
 
 import json
 import math
@@ -181,7 +180,9 @@ def save(run, out, facts, log):
     """One checkpoint with everything, and the result in a form that others load (a pipeline at the end).
     OSError, in every process, and the checkpoint before is as it was, where the disk does not take it;
     ArithmeticError where a step was so long that its weights are no numbers any more."""
-    if parallel.agree(not all(parallel.mine(w).isfinite().all() for w in [*run.weights, *run.average])):
+    moments = [v for opt in (run.opt_g, run.opt_d) for row in opt.state.values() for v in row.values()]
+    if parallel.agree(not all(parallel.mine(w).isfinite().all() for w in
+                              [*run.weights, *run.average, *run.critic_weights, *moments])):
         raise ArithmeticError(f"step {run.done}: the weights are no numbers any more")
     state = run.state()
     def checkpoint():
@@ -210,19 +211,20 @@ def sound(run, state):
     weights (fused AdamW does not look), and all of it numbers. RuntimeError with what is wrong."""
     if state["of"] != run.of:
         raise RuntimeError(f"it is of {' '.join(map(str, state['of']))}"[:70])
-    if not all(type(state[name]) is int and state[name] >= 0 for name in ("done", "skipped")):
+    if not all(type(state[name]) is int and state[name] >= 0 for name in ("done", "skipped", "warmup")):
         raise RuntimeError("its numbers of steps are none")
-    for own, saved in ((run.weights, state["weights"]), (run.average, state["average"])):
-        if [w.shape for w in own] != [w.shape for w in saved]:
-            raise RuntimeError("it holds another network's weights")
-        if not all(w.isfinite().all() for w in saved):
-            raise RuntimeError("its weights are no numbers")
+    if [w.shape for w in run.weights + run.average] != [w.shape for w in state["weights"] + state["average"]]:
+        raise RuntimeError("it holds another network's weights")
     for name, own in (("opt_g", run.weights), ("opt_d", run.critic_weights)):
         for i, moments in state[name]["state"].items():
             if moments.keys() != {"step", "exp_avg", "exp_avg_sq"} or any(
                     value.shape != (() if key == "step" else own[i].shape) or not value.is_floating_point()
                     for key, value in moments.items()):
                 raise RuntimeError(f"{name} belongs to other weights")
+    learned = [state["weights"], state["average"], state["critic"].values(),
+               *(row.values() for name in ("opt_g", "opt_d") for row in state[name]["state"].values())]
+    if not all(value.isfinite().all() for values in learned for value in values):
+        raise RuntimeError("what it learned is no numbers")
 
 
 def resume(run, out):
@@ -247,8 +249,7 @@ def resume(run, out):
 @contextmanager
 def patience():
     """Ctrl-C and SIGTERM wait for the end of the step: yields a list that then is no longer empty. The second
-    Ctrl-C does not wait; of several processes, what follows within a second is the first, passed on by
-    torchrun."""
+    Ctrl-C does not wait; of several processes, one within a second is the first, passed on by torchrun."""
     asked = []
     def hear(number, _):
         if number == signal.SIGINT and asked and (parallel.world() == 1 or time.time() - asked[0] > 1):

@@ -3,8 +3,7 @@
 Two half-steps alternate: the generator learns while the discriminator watches, then the discriminator learns
 while the generator's picture is only data. Everything that differs between methods is in adt.py and add.py;
 everything that differs between models lies behind denoiser.py; this file does not know which it runs.
-Read next: evaluate.py
-"""
+Read next: evaluate.py"""
 
 import argparse
 import dataclasses
@@ -62,8 +61,7 @@ def read(kind, text):
 
 
 def settle(method, changes, model="tiny"):
-    """Config of the method for a model with `key=value` changes; an unknown key or a wrong value is a
-    sentence."""
+    """Config of the method for a model with `key=value` changes; what is wrong in them is a sentence."""
     module, preset, _ = METHODS[method]
     preset = {**module.PRESETS.get(model, {}), **module.PRESETS.get(method, {}), **preset}
     kinds = typing.get_type_hints(module.Config)
@@ -237,6 +235,7 @@ class Run:
         """Everything the next step depends on."""
         return parallel.whole({"weights": [w.detach() for w in self.weights], "average": self.average,
                                "of": self.of, "done": self.done, "skipped": self.skipped,
+                               "warmup": self.warmup,        # of a run prolonged since, still the same steps
                                **{name: getattr(self, name).state_dict()
                                   for name in ("critic", "opt_g", "opt_d")}}, home=True)
 
@@ -251,7 +250,7 @@ class Run:
                 for i, saved in state[name]["state"].items()}
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         self.done = self.saved = state["done"]
-        self.skipped = state["skipped"]
+        self.skipped, self.warmup = state["skipped"], state["warmup"]
 
     @contextmanager
     def averaged(self):
@@ -346,8 +345,7 @@ def parse(argv=None):
                         help="what a loss or gradient that is no number does: stop the run (default), "
                         "or skip that player's step and count it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a Config field")
-    parser.add_argument("--samples", type=int, default=SAMPLES,
-                        help="pictures per row of the final table; 0: no table")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures per row of the table; 0: none")
     return parser, parser.parse_args(argv)
 
 
@@ -405,6 +403,9 @@ def prepare(arguments):
         raise ValueError("--shard spreads the weights over several processes: start them with torchrun")
     source = data.build(plan["data"], plan["size"] or models.pixels(plan["model"]))
     model = models.build(plan["model"], source.name, plan["weights"], plan["size"])
+    if model.heavy and {getattr(config, name, 1) for name in ("last", "fresh")} != {1}:
+        raise ValueError("last and fresh are 1 for real models: diffusers draws with their students, and its "
+                         "schedulers know no others")
     config.path(model.T)
     for _, steps, settings in config.rows():
         evaluate.stops(model, steps, settings)
@@ -462,6 +463,8 @@ def report(run, examiner, out, captions):
         survival.write(out / "result.json", json.dumps(dict(rows), indent=1))
         survival.write(out / "table.md", text + "\n")
         print(f"\n{text}\n")
+    elif examiner is None and not run.model.heavy:
+        print("no table: it wants 400 pictures or more")
     evaluate.picture(shown, out / "before_after.png", captions)
     print("wrote", ", ".join(str(p) for p in sorted(out.iterdir()) if not p.name.startswith("samples")))
 
@@ -485,23 +488,22 @@ def main(argv=None):
     captions = run.source.batch(4 if run.model.heavy else 16, torch.Generator().manual_seed(7)).caption
     facts = {"data": run.source.name, **{key: plan[key] for key in ("rows", "method", "set", "seed")}}
     (steps, settings), go_on = plan["rows"][0], again(out, plan["world"])
-    def kept(command):
-        return (f"the checkpoint of step {run.saved} is good: {command}" if run.saved else
+    def kept():
+        return (f"the checkpoint of step {run.saved} is good: {go_on}" if run.saved else
                 "nothing was saved before: begin anew with --overwrite")
-    calm = "a smaller lr, lr_d or lambda_adv"
-    if run.light:                                            # its result is written with each checkpoint
-        calm += f" (--weights {out})"
     try:
         with survival.patience() as asked:
             loop(run, out, facts, lambda model: evaluate.sample(model, captions, steps, seed=1, **settings),
                  asked, log)
     except ArithmeticError as error:
-        leave(1, f"\ntrain.py: {error}; {kept(go_on)} --on-nan skip leaves such steps out; {calm} may help\n")
+        known = f" (--weights {out})" if run.saved and run.light else ""      # its result is written as often
+        leave(1, f"\ntrain.py: {error}; {kept()}; with --on-nan skip as well, such steps are left out; "
+                 f"a smaller lr, lr_d or lambda_adv{known} may help\n")
     except (ValueError, OSError) as error:                   # the data, or the disk; perhaps here alone
         if parallel.world() == 1:
             with suppress(OSError, ArithmeticError):
                 survival.save(run, out, facts, log)
-        parser.exit(2, f"\ntrain.py: {error}; {kept(go_on)}\n")
+        parser.exit(2, f"\ntrain.py: {error}; {kept()}\n")
     if run.done < run.steps:
         leave(0, f"\nstopped after step {run.done}, all is saved; go on with: {go_on}\n")
     try:

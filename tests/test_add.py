@@ -449,6 +449,20 @@ def test_settings_that_make_no_sense_are_a_sentence(bad, sentence):
         add.Config(**bad)
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 6, 8])
+def test_a_student_is_measured_at_times_it_knows(n):
+    config = add.Config(student_steps=n, last=1.)
+    known = set(config.path(840).tolist())                   # 840 stops: every n divides them
+    ways = [way for who, *way in config.rows() if who == "after"]
+    assert ways[-1][0] == n
+    for steps, settings in ways:
+        assert set(sampler.timeline(840, steps, last=settings["last"]).tolist()) <= known
+
+
+def test_without_an_adversary_nobody_waits_for_it():
+    assert add.Config(lambda_adv=0., warmup_d=60).warmup_d == 0 < add.Config(warmup_d=60).warmup_d
+
+
 def judged(world, real, made, **settings):
     """The discriminator's half, given what it says of every real and every made picture."""
     class Says:

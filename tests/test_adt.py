@@ -1,5 +1,6 @@
 """The ADT algorithm: what starts where, who gets which gradient, and that the adversary alone can teach."""
 
+import itertools
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -121,13 +122,13 @@ def test_the_real_picture_may_wear_the_decoders_traces(world):
     model, critic, batch = world
     model = deepcopy(model)
     plain = model.decode
-    model.decode = lambda z: plain(z) * .5                   # a decoder that fades
-    for real in ("photo", "decoded"):
+    model.decode = lambda z: plain(z) * (.5 if fades else 2.)
+    for real, fades in itertools.product(("photo", "decoded"), (True, False)):          # or oversteps
         asked, shown = data.Batch(batch.image, batch.caption, batch.truth, batch.named), Recorder(0., 0., 0.)
         config = replace(EXACT, real=real)
         _, fake, known = adt.generator_loss(model, None, shown, asked, config)
         adt.discriminator_loss(shown, asked, fake, known, config)
-        meant = batch.image * (.5 if real == "decoded" else 1.)
+        meant = (batch.image * (1. if real == "photo" else .5 if fades else 2.)).clamp(-1, 1)
         for first, _ in shown.pairs:
             torch.testing.assert_close(first, meant, atol=1e-5, rtol=0)
             assert not first.requires_grad

@@ -1,5 +1,6 @@
 """Distances against closed forms, and the examiner against pictures whose quality is known."""
 
+import json
 import shutil
 
 import pytest
@@ -94,6 +95,31 @@ def test_gather_reports_mean_and_spread():
     assert rows == [("a, 2 seeds", {"fd": "2.00 ± 1.4", "steps": 4}), ("b", {"fd": 2., "steps": 4})]
 
 
+def test_only_seeds_of_one_recipe_share_a_row_and_each_has_a_folder(tmp_path, monkeypatch):
+    plan = {"method": "adt", "model": "tiny", "data": "glyphs", "seed": 0, "steps": 1, "set": []}
+    runs = {"one": {}, "two": {"seed": 1}, "other": {"features": "elsewhere"}, "long": {"steps": 2}}
+    for name, change in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**plan, **change}))
+        shutil.copy(models.WEIGHTS / "glyphs" / "denoiser.safetensors", tmp_path / name)
+    asked = evaluate.parse([])[1]
+    tiny = models.build("tiny", "glyphs")
+    models.save(tiny, tmp_path / "odd.safetensors", words=tiny.words, target=tiny.target, data=5)
+    with pytest.raises(ValueError, match="does not say which data set"):
+        evaluate.locate(str(tmp_path / "odd.safetensors"), asked, None)
+    group = {name: evaluate.locate(str(tmp_path / name), asked, None).group for name in runs}
+    assert group["one"] == group["two"] and len(set(group.values())) == 3
+
+    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: torch.zeros(1, 3, 4, 4))
+    monkeypatch.setattr(evaluate, "measure", lambda *_, out, **__: out.mkdir(parents=True) or {"fd": 1.})
+    class Blind:
+        floor, real = {"fd": 1.}, lambda self: (iter(()), [])
+    evaluate.examine([("a", None, 1, {}), ("a", None, 1, {}), ("b", None, 1, {})], [], Blind(),
+                     out=tmp_path / "pictures")
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "a, 1 step", "a, 1 step, seed 2", "b, 1 step", "real pictures"]
+
+
 def test_a_table_has_the_first_rows_columns():
     rows = [("a", {"steps": 1, "guidance": 2., "fd": 1.23456}), ("real", {"fd": .5, "more": 1.})]
     assert evaluate.table(rows) == "| | steps | fd |\n|---|---|---|\n| a | 1 | 1.23 |\n| real |  | 0.500 |"
@@ -145,6 +171,9 @@ def test_without_names_everything_shipped_is_drawn_the_way_it_is_used(tmp_path, 
     (["base", "--data", "glyphs", "--prompt", "a zebra"], "'zebra'"),
     (["base", "--data", "glyphs", "--steps", "0", "--samples", "200"], "1 to 1000 steps"),
     (["base", "--data", "fashion", "--split", "held_out"], "held_out"),
+    (["base", "--weights", "nowhere"], "a tiny model's file replaces 'base'"),
+    (["base", "--samples", "200", "--dino", "nowhere"], "--dino is for real models"),
+    (["base", "add", "--data", "fashion", "--steps", "10,50"], "take fewer steps"),
 ])
 def test_bad_requests_get_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stop:

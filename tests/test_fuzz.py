@@ -18,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 
+import benchmark
 import data
 import evaluate
 import models
@@ -59,8 +60,11 @@ TYPED = {  # main: command lines, as typed
     pretrain: """--data cats | --steps 0 | --steps x | --target z | --only everything | --out README.md
         --nonsense | --data README.md""",
     data: """--show | --show cats | --show README.md | --show glyphs --out /nowhere/x.png | --seed 1
+        --show glyphs --out tests | --show glyphs --out x.txt
         --nonsense""",
-    study: "nothing | adt --data cats | adt --samples 3 | adt --seeds x | add --out README.md | --nonsense"}
+    study: """nothing | adt --data cats | adt --samples 3 | adt --seeds x | add --out README.md | --nonsense
+        adt --seeds 0 | adt --seeds -1 | adt --steps 0 | adt --steps -5""",
+    benchmark: "nothing | start --out /nowhere/x.md | start --out tests | --nonsense"}
 
 
 def typed():
@@ -285,7 +289,7 @@ def networks():
         else:
             evaluate.main([str(path), "--data", "glyphs", "--steps", "1", "--prompt", "a red star",
                            "--out", str(folder / "x.png")])
-    one = {"x": torch.zeros(1)}
+    one, tiny = {"x": torch.zeros(1)}, models.build("tiny", "glyphs")
     good = {"words": json.dumps(["a"]), "target": json.dumps("flow")}
     held = {"0 bytes": b"", "text": b"no weights", "noise": random.Random(1).randbytes(3000),
             "a header of 2^60 bytes": struct.pack("<Q", 2 ** 60) + b"{}",
@@ -296,7 +300,10 @@ def networks():
             "header: words are null": (one, {**good, "words": "null"}),
             "header: a word is a number": (one, {**good, "words": "[3]"}),
             "header: a target of its own": (one, {**good, "target": '"z"'}),
-            "header: target is a list": (one, {**good, "target": "[]"})}
+            "header: target is a list": (one, {**good, "target": "[]"}),
+            "no numbers": ({name: torch.full_like(value, float("nan"))
+                            for name, value in tiny.state_dict().items()},
+                           {"words": json.dumps(tiny.words), "target": json.dumps(tiny.target)})}
     for what, content in held.items():
         for program in (train, evaluate):
             yield "weights", f"{what}, {program.__name__}.py", weights, [content, program]
@@ -357,7 +364,8 @@ def test_nonsense_gets_a_sentence(act, arguments, tmp_path, monkeypatch):
     assert before == untouched(), "something was written that nobody asked for"
 
 
-@pytest.mark.parametrize("rows", [3, [3], [[1]], [["1", {}]], [[1, []]], [[1, {"eval": 1}]], {"a": 1}])
+@pytest.mark.parametrize("rows", [3, [3], [[1]], [["1", {}]], [[1, []]], [[1, {"eval": 1}]], {"a": 1},
+                                  [[4, {"guidance": "x"}]]])
 def test_ways_to_sample_are_checked(rows):
     with pytest.raises(ValueError, match="no ways to sample"):
         evaluate.ways(rows, "a file")

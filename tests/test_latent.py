@@ -359,6 +359,27 @@ def test_the_students_leaps_are_the_saved_schedulers(world, tmp_path, name):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
+def test_use_md_works_in_the_folder_it_lies_in(world, tmp_path, monkeypatch):
+    """Also where the pipeline was named by a relative path."""
+    monkeypatch.chdir(world)
+    model = models.build("sd15", "", "sd15", pipelines.SIZE)
+    model.adapt(4)
+    model.keep(tmp_path, steps=1, rows=[(1, {"fresh": 1., "last": 1.})])
+    monkeypatch.chdir(tmp_path)
+    lines = (tmp_path / "use.md").read_text().split("```")[1].removeprefix("python\n").splitlines()
+    scope = {}
+    exec("\n".join(line for line in lines if not line.startswith("image")), scope)
+    assert type(scope["pipe"].scheduler).__name__ == "LCMScheduler"
+    assert scope["pipe"].get_list_adapters() == {"unet": ["default_0"]}
+
+
+@pytest.mark.parametrize("setting", ["last=.9", "fresh=.5"])
+def test_a_student_that_diffusers_could_not_sample_is_refused(world, tmp_path, capsys, setting):
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(world, "sd15", "--method", "add", "--set", setting, "--out", str(tmp_path / "r")))
+    assert stop.value.code == 2 and "last and fresh are 1 for real models" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", train.METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_command_a_user_types(world, tmp_path, name, method, monkeypatch):
@@ -427,6 +448,9 @@ def test_what_cannot_be_loaded_is_one_sentence(world, tmp_path, capsys, monkeypa
     pipelines.make("sd15", tmp_path / "other")
     (tmp_path / "other" / "sd15").rename(half)
     (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "model_index.json").write_text("[1]")
     cut = tmp_path / "cut"
     pipelines.make("sd15", tmp_path / "more")
     (tmp_path / "more" / "sd15").rename(cut)
@@ -438,6 +462,7 @@ def test_what_cannot_be_loaded_is_one_sentence(world, tmp_path, capsys, monkeypa
                            (["--weights", "nobody/nothing-of-that-name"], "hf auth login"),
                            (["--weights", str(half)], "complete it, copy it again"),
                            (["--weights", str(cut)], "complete it, copy it again"),
+                           (["--weights", str(odd)], "model_index.json is damaged"),
                            (["--features", str(empty)], "cannot load Dinov2Model"),
                            (["--size", "30"], "wanted a multiple of"),
                            (["--set", "features=cnn"], "features=vit (DINOv2) or random"),
@@ -508,6 +533,16 @@ def test_the_panel_tells_good_pictures_from_bad(world, judges, tmp_path):
     assert panel.floor["pickscore"] == pytest.approx(panel.floor["clip"] * scale, rel=1e-4)
 
 
+def test_a_panel_says_what_it_cannot_measure(world, judges, tmp_path):
+    source = data.build(folder(tmp_path / "many", n=8), pipelines.SIZE)
+    with pytest.raises(ValueError, match="4 pictures or more"):
+        metrics.Panel(source, 3, judges)
+    torch.save({"layers.0.weight": torch.randn(1, 768), "layers.0.bias": torch.randn(1)},
+               tmp_path / "taste.pth")
+    with pytest.raises(ValueError, match="embeddings of 768 numbers, --clip gives 16"):
+        metrics.Panel(source, 4, {**judges, "aesthetics": tmp_path / "taste.pth"})
+
+
 def test_cmmd_is_zero_for_the_same_and_known_for_two_points():
     a = torch.nn.functional.normalize(torch.randn(50, 8))
     assert metrics.cmmd(a, a) == pytest.approx(0, abs=1e-9)
@@ -544,3 +579,20 @@ def test_a_run_can_be_built_upon(world, tmp_path):
         again = models.build(name, "", out)
         torch.testing.assert_close(evaluate.sample(again, CAPTIONS, 2), evaluate.sample(model, CAPTIONS, 2),
                                    rtol=0, atol=1e-4)
+
+
+def test_a_run_of_another_family_or_with_half_its_adapters_is_refused(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+    model = build(world, "sd15", 4)
+    model.keep(tmp_path, rows=[(10, {})])
+    plan = {"method": "adt", "model": "sd15", "data": "cats", "weights": str(world / "sd15"), "seed": 0,
+            "steps": 1, "set": [], "size": pipelines.SIZE, "lora": 4}
+    (tmp_path / "config.json").write_text(json.dumps(plan))
+    for name in ("sdxl", "sd3"):
+        with pytest.raises(ValueError, match=f"a run of sd15, not of --model {name}"):
+            models.build(name, "", tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    layers = load_file(file)
+    save_file(dict(list(layers.items())[1:]), file)
+    with pytest.raises(ValueError, match="does not hold the adapters of this network"):
+        models.build("sd15", "", tmp_path)

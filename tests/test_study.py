@@ -54,7 +54,10 @@ def test_every_row_of_every_study_is_a_run_that_could_start():
 
 
 def test_bad_orders_are_a_sentence(tmp_path, capsys):
-    for order in (["add", "--data", str(tmp_path / "nowhere")], ["add", "--samples", "3"]):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "base-glyphs.json").write_text('{"25 steps (200 pict')
+    for order in (["add", "--data", str(tmp_path / "nowhere")], ["add", "--samples", "3"],
+                  ["adt", "--seeds", "0"], ["add", "--samples", "200", "--so-far"]):
         with pytest.raises(SystemExit) as stop:
             study.main([*order, "--out", str(tmp_path / "runs")])
         assert stop.value.code == 2 and "study.py: " in capsys.readouterr().err

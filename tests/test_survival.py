@@ -173,10 +173,19 @@ def test_a_nan_of_the_discriminator_stops_the_run_too(tmp_path, during, capsys, 
     assert "nothing was saved before: begin anew with --overwrite" in said
 
 
-def test_weights_that_a_step_made_infinite_are_not_saved(tmp_path, capsys):
-    assert leaves(tmp_path / "run", "--steps", "1", "--set", "lr=1e39") == 1
-    assert "the weights are no numbers" in capsys.readouterr().err
+@pytest.mark.parametrize("rate", ["lr", "lr_d"])
+def test_weights_that_a_step_made_infinite_are_not_saved(tmp_path, capsys, rate):
+    assert leaves(tmp_path / "run", "--steps", "1", "--set", f"{rate}=1e39") == 1
+    said = capsys.readouterr().err
+    assert "the weights are no numbers" in said and "--weights" not in said      # none to go on from
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_prolonged_run_does_not_warm_up_again(tmp_path):
+    out = go(tmp_path / "run", "--steps", "4", "--set", "warmup_d=60")
+    train.main(["--resume", str(out), "--steps", "8", "--samples", "0"])
+    learned = ["|grad|" in json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert learned == [False] + 7 * [True]                   # of four steps a quarter, not of eight
 
 
 def test_skipping_has_an_end(tmp_path, monkeypatch, capsys):
@@ -268,7 +277,11 @@ def forge(out, change):
     lambda s: s.update(done="x"), lambda s: s.update(done=-3), lambda s: s.update(done=1.5),
     lambda s: s.update(done=None), lambda s: s.update(skipped="x"),
     lambda s: s.update(of=["add", "glyphs", 0]),
-    lambda s: s["average"][0].fill_(float("nan")), lambda s: s["weights"][0].fill_(float("inf"))])
+    lambda s: s.update(warmup="x"), lambda s: s.pop("warmup"),
+    lambda s: s["average"][0].fill_(float("nan")), lambda s: s["weights"][0].fill_(float("inf")),
+    lambda s: s["critic"]["heads.0.leave.bias"].fill_(float("nan")),
+    lambda s: s["opt_g"]["state"][0]["exp_avg"].fill_(float("nan")),
+    lambda s: s["opt_d"]["state"][0]["exp_avg_sq"].fill_(float("inf"))])
 def test_a_checkpoint_is_checked_before_it_is_believed(tmp_path, change, capsys):
     out = go(tmp_path / "run", "--steps", "2")
     forge(out, change)

@@ -162,6 +162,8 @@ def test_measuring_each_terms_gradient_changes_nothing(monkeypatch):
     (["--method", "add", "--set", "weighting=dmd"], "one of exponential, sds, nfsd"),
     (["--method", "add", "--set", "negative=a blurry zebra"], "'blurry'"),
     (["--method", "add", "--set", "lambda_adv=0", "--set", "lambda_distill=0"], "nothing is left to learn"),
+    (["--set", "lambda_adv=0", "--set", "lambda_diff=0"], "nothing is left to learn"),
+    (["--method", "diffusion", "--set", "lambda_diff=0"], "nothing is left to learn"),
     (["--set", "lr=-1"], "a number"),
     (["--set", "ema=1.5"], "a share, 0 to 1"),
     (["--method", "diffusion", "--set", "lambda_adv=1"], "means lambda_adv=0"),
