@@ -7,6 +7,7 @@ step takes beyond it is overhead, ours or PyTorch's. Everything alternates; medi
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ import train
 
 HERE = Path(__file__).parent
 ROUNDS = 7
+SHIPPED = "add-{}-lr=5e-5-terminal=.75-4000steps-seed0"      # the student in weights/, as results/ calls it
 
 
 def alternate(jobs, rounds=ROUNDS):
@@ -138,6 +140,19 @@ def alone(run, call, graph):
     return job
 
 
+def update(run):
+    """What a step does to the weights when it has their gradients."""
+    players = [(run.opt_g, run.weights, run.config.clip)]
+    if run.config.lambda_adv:
+        players.append((run.opt_d, run.critic_weights, run.config.clip_d))
+    def job():
+        for optimiser, weights, clip in players:
+            run.improve(optimiser, weights, clip, "", {})
+        with torch.no_grad():
+            torch._foreach_lerp_(run.average, run.weights, .01)
+    return job
+
+
 def siblings(home):
     """Stable Diffusion's three families with few and random weights, and some pictures, in the folder `home`
     -> (name, what train.py is told)."""
@@ -151,9 +166,10 @@ def siblings(home):
 
 
 def overhead():
-    """Each method's step over its floor, and what both AdamW take of what is beyond it.
-    The small siblings of the large models are mostly overhead: a call takes milliseconds there. Their paths
-    have ten steps here, from noise."""
+    """Each method's step over its floor: the network calls that it cannot avoid, timed by themselves.
+    Beyond the floor is first the weights' update (the gradients' norm, clipping, AdamW and the average, of
+    both players), which moves the same bytes whatever the batch. A call takes milliseconds in the small
+    siblings of the large models, and their paths have ten steps here, from noise."""
     rows, fixed = [], ["--set", "path_steps=10", "--set", "start=text"]
     with TemporaryDirectory() as home, patch.dict(os.environ, XDG_CACHE_HOME=home):
         for (name, typed), method in itertools.product(
@@ -163,15 +179,14 @@ def overhead():
             calls = Calls(run)
             jobs = {key: alone(run, call, key[2]) for key, call in calls.jobs.items() if calls.counts[key]}
             run.critic.requires_grad_(True)
-            seconds = alternate({**jobs, "step": run.step,               # its gradients are there
-                                 "AdamW": lambda: (run.opt_g.step(), run.opt_d.step())})
+            seconds = alternate({**jobs, "step": run.step, "update": update(run)})   # its gradients are there
             floor = sum(seconds[key] * times for key, times in calls.counts.items())
             parts = ", ".join(f"{times} {part}{'' if graph else ' (no gradient)'} of {n}"
                               for (part, n, graph), times in sorted(calls.counts.items(), key=str))
             step = seconds["step"]
             rows.append((name, method, f"{step:.3f}", f"{floor:.3f}", f"{step / floor:.2f}",
-                         f"{seconds['AdamW'] / floor:.2f}", parts))
-    return ["model", "method", "step, s", "floor, s", "ratio", "AdamW / floor", "the calls"], rows
+                         f"{seconds['update'] / floor:.2f}", parts))
+    return ["model", "method", "step, s", "floor, s", "ratio", "update / floor", "the calls"], rows
 
 
 # --------------------------------------------------------------------------------- 2, 3: memory, gradient
@@ -236,7 +251,8 @@ def memory():
 # ------------------------------------------------------------------------------ 4, 5, 6: around the step
 
 def supply():
-    """Batches per second: what a source gives, what the default runs take."""
+    """Batches per second: what a source gives, what the default runs take.
+    They are read in a thread of their own, while a step is taken."""
     rows, steps = [], {}
     for method in ("adt", "add"):
         steps |= alternate({method: run_of(method).step}, 3)
@@ -249,14 +265,21 @@ def supply():
 
 
 def sampling():
-    """Pictures per second."""
-    model, rows = models.build("tiny", "glyphs"), []
+    """Pictures per second, and how near they are to real ones.
+    FD of the base and of the student that weights/ ships, 2,000 pictures each."""
+    model, rows, found = models.build("tiny", "glyphs"), [], {}
     captions = data.build("glyphs").batch(100, torch.Generator().manual_seed(0)).caption
-    jobs = {n: lambda n=n: evaluate.sample(model, captions, n) for n in (1, 2, 4, 10, 50)}
+    for dataset in ("glyphs", "fashion"):
+        for who, name in (("base", f"base-{dataset}"), ("student", SHIPPED.format(dataset))):
+            path = figures.RESULTS / f"{name}.json"
+            found[f"FD, {dataset}, {who}"] = json.loads(path.read_text())
+    jobs = {n: lambda n=n: evaluate.sample(model, captions, n) for n in (1, 2, 4, 10, 25, 50)}
     seconds = alternate(jobs, 3)
     for n, taken in seconds.items():
-        rows.append((str(n), f"{100 / taken:.0f}", f"{seconds[50] / taken:.1f}"))
-    return ["sampler steps", "pictures/s", "times as fast as fifty"], rows
+        known = [one.get(f"{evaluate.in_steps(n)} (2000 pictures)") for one in found.values()]
+        rows.append((str(n), f"{100 / taken:.0f}", f"{seconds[50] / taken:.1f}",
+                     *(f"{one['fd']:.2f}" if one else "" for one in known)))
+    return ["sampler steps", "pictures/s", "times as fast as fifty", *found], rows
 
 
 def starting():
@@ -271,35 +294,50 @@ def starting():
 
 # --------------------------------------------------------------------------------- 7: time to quality
 
-def quality():
-    """FD of every recipe in results/, minutes of its steps in this run, which are both quicker and better.
-    FD of 2,000 pictures after ten steps (ADT) or one (ADD), mean ± standard deviation over the seeds there
-    are; who is ahead, is so in the mean, which may be chance."""
-    recipes = {}
+def recipes():
+    """(data, method, *settings, steps) of every run in results/ -> per seed its FD after ten steps (ADT), or
+    after one and four (ADD)."""
+    ways, seeds = {"adt": ["10 steps"], "add": ["1 step", "4 steps"]}, {}
     for path in sorted(figures.RESULTS.glob("ad[dt]-*steps-seed*.json")):
         method, source, rest = path.stem.split("-", 2)       # a setting may hold a "-": lr=5e-5
         *settings, steps, _ = re.split(r"-(?=\w+=|\d+steps|seed)", rest)
-        found = json.loads(path.read_text())["1 step (2000 pictures)" if method == "add" else
-                                             "10 steps (2000 pictures)"]
-        recipe = source, method, *settings, int(steps.removesuffix("steps"))
-        recipes.setdefault(recipe, []).append(found["fd"])
-    runs = {recipe[1:-1]: run_of(recipe[1], *(word for one in recipe[2:-1] for word in ("--set", one)))
-            for recipe in recipes}
+        found, recipe = json.loads(path.read_text()), (source, method, *settings, int(steps[:-len("steps")]))
+        seeds.setdefault(recipe, []).append([found[f"{way} (2000 pictures)"]["fd"] for way in ways[method]])
+    return seeds
+
+
+def quality():
+    """FD of every recipe in results/, minutes of its steps in this run, which are both quicker and better.
+    FD of 2,000 pictures after ten steps (ADT), or one / four (ADD), mean ± standard deviation over the seeds
+    there are. ≈ marks who is better by no more than the largest such deviation: perhaps by chance. (The
+    README's minutes are logged ones, of the quickest run, with one thread.)"""
+    seeds, score, scatter = recipes(), {}, {}
+    runs = {(method, *settings): run_of(method, *(word for one in settings for word in ("--set", one)))
+            for method, *settings in dict.fromkeys(recipe[1:-1] for recipe in seeds)}
     pace = alternate({of: run.step for of, run in runs.items()}, 3)
-    score = {recipe: (pace[recipe[1:-1]] * recipe[-1] / 60, statistics.mean(fds))
-             for recipe, fds in recipes.items()}
+    for recipe, rows in seeds.items():
+        fds = list(zip(*rows))
+        score[recipe] = [pace[recipe[1:-1]] * recipe[-1] / 60, *map(statistics.mean, fds)]
+        if len(rows) > 1:
+            scatter[recipe] = [*map(statistics.stdev, fds)]
     def ahead(recipe, others):
         return [other for other in others if other[:2] == recipe[:2] and other != recipe
                 and all(a <= b for a, b in zip(score[other], score[recipe]))]
     def title(recipe):
         return f"{' '.join(recipe[2:-1]) or 'default'}, {recipe[-1]}"
-    front, rows = [recipe for recipe in score if not ahead(recipe, score)], []
+    def beside(recipe, other):
+        most = map(max, zip(*(known for of, known in scatter.items() if of[:2] == recipe[:2])))
+        sure = any(b - a > chance for a, b, chance in zip(score[other][1:], score[recipe][1:], most))
+        return title(other) if sure else f"≈ {title(other)}"
+    front, lines = [recipe for recipe in score if not ahead(recipe, score)], []
     for recipe in sorted(score, key=lambda recipe: (recipe[:2], score[recipe])):
-        (minutes, fd), fds = score[recipe], recipes[recipe]
-        spread = f" ± {statistics.stdev(fds):.2f}" if len(fds) > 1 else ""
-        rows.append((*recipe[:2], title(recipe), str(len(fds)), f"{minutes:.1f}", f"{fd:.2f}{spread}",
-                     "; ".join(map(title, ahead(recipe, front))) or "none: on the front"))
-    return ["data", "method", "recipe, steps", "seeds", "minutes", "FD", "quicker and better"], rows
+        minutes, *means = score[recipe]
+        fds = [f"{mean:.2f} ± {scatter[recipe][i]:.2f}" if recipe in scatter else f"{mean:.2f}"
+               for i, mean in enumerate(means)]
+        lines.append((*recipe[:2], title(recipe), str(len(seeds[recipe])), f"{minutes:.1f}", " / ".join(fds),
+                      "; ".join(beside(recipe, other) for other in ahead(recipe, front))
+                      or "none: on the front"))
+    return ["data", "method", "recipe, steps", "seeds", "minutes", "FD", "quicker and better"], lines
 
 
 # ------------------------------------------------------------------------------------------- 9: a peer
@@ -445,7 +483,8 @@ def step_of(method, config, size):
 
 
 def large():
-    """Large models, by arithmetic, not measured: GiB, and seconds at 400 TFLOP/s, for batches of 1 / 4."""
+    """Large models, by arithmetic, not measured: GiB, and seconds at 400 TFLOP/s, for batches of 1 / 4.
+    The networks are full size, on PyTorch's meta device; a lower bound of the seconds."""
     import stable
     rows = []
     with torch.device("meta"), autocast():
@@ -501,8 +540,9 @@ def main(argv=None):
             f"{torch.get_num_threads()} threads · torch {torch.__version__} · commit {figures.commit()}"]
     for name in a.tables or TABLES:
         columns, rows = TABLES[name]()
-        text.append(f"**{TABLES[name].__doc__.splitlines()[0]}**\n\n{evaluate.markdown(columns, rows)}")
-        print(text[-1], "\n", flush=True)
+        title, _, more = inspect.getdoc(TABLES[name]).partition("\n")
+        text += [f"**{title}** {more}".strip(), evaluate.markdown(columns, rows)]
+        print(*text[-2:], "", sep="\n\n", flush=True)
     if a.out or not a.tables:
         survival.write(out, "\n\n".join(text) + "\n")
         print(f"wrote {out}")

@@ -12,6 +12,7 @@ import inspect
 import json
 import re
 import subprocess
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +61,40 @@ def axes(columns, width=4., height=3.):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def measured(who, dataset, examiner, ways):
+    """Figures of a shipped model in so many steps each, from results/ where they are known."""
+    model, settings = shipped(who, dataset)
+    weights = models.find(evaluate.SHIPPED[who], dataset).read_bytes()
+    known = "base" if who == "base" else f"shipped-{who}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    found = study.measured(RESULTS / f"{known}-{dataset}.json", examiner, [(n, settings) for n in ways],
+                           lambda: (model, {}))
+    return [figures for _, figures in found]
+
+
+def beside(rows, columns=5):
+    """Rows (label, who, steps) of both data sets, each with its Fréchet distance; the first captions of a
+    fixed seed, the same noise in a column."""
+    from matplotlib.figure import Figure
+    height = .985 * len(rows) + .8
+    figure = Figure(figsize=(2 * columns + 1.6, height))
+    for half, dataset in zip(figure.subfigures(1, 2, wspace=.02), ("fashion", "glyphs")):
+        source = data.build(dataset)
+        examiner = evaluate.Examiner(source, 2000)
+        captions = source.batch(12, torch.Generator().manual_seed(7)).caption[:columns]
+        axes = half.subplots(len(rows), columns)
+        for line, (label, who, n) in zip(axes, rows):
+            model, settings = shipped(who, dataset)
+            fd = measured(who, dataset, examiner, [n])[0]["fd"]
+            line[0].set_ylabel(f"{label}\nFD {fd:.2f}", rotation=0, ha="right", va="center", fontsize=8.5)
+            for axis, image in zip(line, evaluate.sample(model, captions, n, seed=1, **settings)):
+                axis.imshow((image.permute(1, 2, 0) / 2 + .5).clamp(0, 1).numpy(), interpolation="nearest")
+                axis.set_xticks([]), axis.set_yticks([]), axis.spines[:].set_visible(False)
+        for axis, caption in zip(axes[0], captions):
+            axis.set_title(textwrap.fill(caption.removeprefix("a photo of "), 15), fontsize=7.5)
+        half.subplots_adjust(.15, .01, .995, 1 - .75 / height, .04, .04)
+    return figure
+
+
 # ------------------------------------------------------------------------------------------- pictures
 
 def glyphs():
@@ -70,39 +105,31 @@ def glyphs():
 
 
 def strip():
-    """Base and ADT, the same noise."""
-    captions = data.build("glyphs").batch(12, torch.Generator().manual_seed(7)).caption
-    return evaluate.panel([(f"{NAMES[who]}, {n} steps",
-                            evaluate.sample(shipped(who, "glyphs")[0], captions, n, seed=1))
-                           for who, n in (("base", 10), ("base", 50), ("adt", 10))], captions)
+    """Base and ADT, the same noise, both data sets."""
+    return beside([(f"{NAMES[who]}\n{n} steps", who, n)
+                   for who, n in (("base", 10), ("base", 50), ("adt", 10))])
 
 
 def students():
     """Teacher and student, the same noise, both data sets."""
-    rows, captions = [], []
-    for dataset in ("fashion", "glyphs"):
-        batch = data.build(dataset).batch(6, torch.Generator().manual_seed(7))
-        captions.append(batch.caption)
-        for who, n in (("base", 1), ("base", 4), ("base", 50), ("add", 1), ("add", 4)):
-            model, settings = shipped(who, dataset)
-            rows.append((f"{'teacher' if who == 'base' else 'student'}, {evaluate.in_steps(n)}",
-                         evaluate.sample(model, batch.caption, n, seed=1, **settings)))
-    beside = [(label, torch.cat([left, right])) for (label, left), (_, right) in zip(rows[:5], rows[5:])]
-    return evaluate.panel(beside, sum(captions, []))
+    return beside([(f"{'teacher' if who == 'base' else 'student'}\n{evaluate.in_steps(n)}", who, n)
+                   for who, n in (("base", 1), ("base", 4), ("base", 50), ("add", 1), ("add", 4))])
 
 
 def path():
     """The guess at the picture along ten steps: before and after ADT."""
-    batch, rows = data.build("glyphs").batch(3, torch.Generator().manual_seed(21)), []
-    for j, caption in enumerate(batch.caption):
-        for who in ("base", "adt"):
-            model, seen = shipped(who, "glyphs")[0], []
-            noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(j))
-            with torch.no_grad():
-                sampler.rollout(model, noise, sampler.timeline(model.T, 10), model.condition([caption]),
-                                visit=lambda i, x0: seen.append(model.decode(x0)[0].clamp(-1, 1)))
-            rows.append((f"{NAMES[who]}: {caption}", torch.stack(seen)))
-    return evaluate.panel(rows, [f"step {i + 1}" for i in range(10)])
+    rows, shown = [], (0, 1, 2, 4, 6, 9)
+    for dataset in ("fashion", "glyphs"):
+        batch = data.build(dataset).batch(2, torch.Generator().manual_seed(21))
+        for j, caption in enumerate(batch.caption):
+            for who in ("base", "adt"):
+                model, seen = shipped(who, dataset)[0], []
+                noise = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(j))
+                with torch.no_grad():
+                    sampler.rollout(model, noise, sampler.timeline(model.T, 10), model.condition([caption]),
+                                    visit=lambda i, x0: seen.append(model.decode(x0)[0].clamp(-1, 1)))
+                rows.append((f"{NAMES[who]}: {caption}", torch.stack(seen)[list(shown)]))
+    return evaluate.panel(rows, [f"step {i + 1}" for i in shown])
 
 
 def gradient():
@@ -134,17 +161,14 @@ def steps():
     for axis, dataset in zip(both, ("fashion", "glyphs")):
         examiner = evaluate.Examiner(data.build(dataset), 2000)
         for who, ways in WAYS.items():
-            model, settings = shipped(who, dataset)
-            weights = models.find(evaluate.SHIPPED[who], dataset).read_bytes()
-            known = "base" if who == "base" else f"shipped-{who}-{hashlib.sha256(weights).hexdigest()[:8]}"
-            found = dict(study.measured(RESULTS / f"{known}-{dataset}.json", examiner,
-                                        [(n, settings) for n in ways], lambda: (model, {})))
-            axis.plot([f["steps"] for f in found.values()], [f["fd"] for f in found.values()], "o-", ms=4,
-                      color=COLOURS[who], label=NAMES[who])
+            fds = [found["fd"] for found in measured(who, dataset, examiner, ways)]
+            axis.plot(ways, fds, "o-", ms=4, color=COLOURS[who], label=NAMES[who])
         axis.axhline(examiner.floor["fd"], color="k", lw=4, alpha=.2)
-        axis.set(title=dataset, xlabel="sampler steps", ylabel="FD", xscale="log", yscale="log")
-        for ticks, put in (((1, 2, 4, 10, 25, 50), axis.set_xticks), ((1, 2, 3, 5, 10, 40), axis.set_yticks)):
-            put(ticks, labels=ticks)
+        axis.text(1, examiner.floor["fd"] * .9, "other real pictures", va="top", fontsize=8, color=".4")
+        axis.set(title=dataset, xlabel="sampler steps", ylabel="Fréchet distance", xscale="log",
+                 yscale="log", ylim=(.45, 60))
+        axis.set_xticks(WAYS["base"], labels=WAYS["base"])
+        axis.set_yticks((1, 2, 5, 10, 20, 50), labels=(1, 2, 5, 10, 20, 50))
         axis.minorticks_off()
     both[0].legend(fontsize=8)
     figure.tight_layout()
@@ -168,12 +192,12 @@ def minutes():
             x, fds = zip(*((m, torch.tensor(points[m])) for m in sorted(points)))
             gap = [[float(fd.mean() - fd.min()) for fd in fds], [float(fd.max() - fd.mean()) for fd in fds]]
             colour = "tab:gray" if word[0] == "d" else COLOURS[name]
-            axis.errorbar(x, [float(fd.mean()) for fd in fds], gap, marker="o", ms=3, lw=1, capsize=2,
+            axis.errorbar(x, [float(fd.mean()) for fd in fds], gap, marker="o", ms=4, lw=1, ls=":", capsize=2,
                           color=colour, label=f"{word.partition(',')[0]}{way}")
         floor = [f["fd"] for label, f in found.get(f"add-{dataset}", []) if label == "real pictures"]
         axis.axhline(floor[0], color="k", lw=4, alpha=.2) if floor else None
         ticks = (.7, 1, 2, 3, 5, 10, 20, 50)
-        axis.set(title=dataset, xlabel="minutes of one core", ylabel="FD", yscale="log")
+        axis.set(title=dataset, xlabel="minutes of one core", ylabel="Fréchet distance", yscale="log")
         axis.set_yticks(ticks, labels=ticks)
         axis.minorticks_off()
         axis.legend(fontsize=7)
@@ -183,8 +207,8 @@ def minutes():
 
 def attention():
     """Where a critic finds real pictures and four-step pictures of the base wanting: the verdicts of its
-    finest head, less their mean, on the picture; above, the mean of all heads' on the real and on the made
-    one. It has learned for 300 steps from fixed pictures."""
+    finest head on the picture; above, the mean of all heads' on the real and on the made one. It has learned
+    for 300 steps from fixed pictures."""
     torch.manual_seed(0)
     source, (model, _) = data.build("fashion"), shipped("base", "fashion")
     batch = source.batch(1024, torch.Generator().manual_seed(3))
@@ -204,14 +228,14 @@ def attention():
     with torch.no_grad():
         verdicts = critic(None, shown, cond[:12].repeat(2, 1))                # one (24, N) per head
     overall = sum(d.mean(1) for d in verdicts) / len(verdicts)
-    fine = verdicts[0] - verdicts[0].mean(1, keepdim=True)   # the stem's head has most places
+    fine = verdicts[0]                                       # the stem's head has most places
     side = int(fine.shape[1] ** .5)
     fine = F.interpolate(fine.view(24, 1, side, side), 32, mode="bilinear")
     fine = (fine / fine.abs().quantile(.98)).clamp(-1, 1)
     heat = 1 - 2 * torch.cat([fine.clamp(min=0), fine.abs(), -fine.clamp(max=0)], 1)
     over = .35 * shown + .65 * heat
-    rows = [("real", shown[:12]), ("worse (red) than the rest of it", over[:12]),
-            ("base, 4 steps", shown[12:]), ("worse (red) than the rest of it", over[12:])]
+    rows = [("real", shown[:12]), ("blue: real, red: made", over[:12]),
+            ("base, 4 steps", shown[12:]), ("blue: real, red: made", over[12:])]
     return evaluate.panel(rows, [f"{caption.removeprefix('a photo of ')}: {real:+.1f}, {made:+.1f}" for
                                  caption, real, made in zip(batch.caption, overall[:12], overall[12:])])
 

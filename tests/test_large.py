@@ -200,17 +200,23 @@ def test_the_floor_of_a_step_knows_every_call(world, tmp_path, method):
 
 
 def test_the_bench_reads_a_recipe_off_every_name_a_study_gives(tmp_path, monkeypatch):
-    """Also where a setting has a hyphen; and of two seeds it gives mean and scatter."""
+    """Also where a setting has a hyphen; and of two seeds it gives mean and scatter. Who is ahead by less
+    than the scatter may be so by chance; who is ahead in one step and behind in four, is not."""
     asked = []
     monkeypatch.setattr(benchmark.figures, "RESULTS", tmp_path)
     monkeypatch.setattr(benchmark, "run_of", lambda *words: asked.append(words) or SimpleNamespace(step=None))
     monkeypatch.setattr(benchmark, "alternate", lambda jobs, rounds: dict.fromkeys(jobs, 6.))
-    for seed, fd in enumerate((1., 2.)):
-        for name in ("add-glyphs-lr=5e-5-terminal=.75-40steps", "add-glyphs-600steps"):
-            found = json.dumps({"1 step (2000 pictures)": {"fd": fd}})
-            (tmp_path / f"{name}-seed{seed}.json").write_text(found)
-    rows = benchmark.quality()[1]
-    assert sorted(asked) == [("add",), ("add", "--set", "lr=5e-5", "--set", "terminal=.75")]
     quick = "lr=5e-5 terminal=.75, 40"
-    assert rows[0] == ("glyphs", "add", quick, "2", "4.0", "1.50 ± 0.71", "none: on the front")
-    assert rows[1][-1] == quick                              # as good, and quicker
+    for name, *seeds in [("lr=5e-5-terminal=.75-40steps", (1., 5.), (2., 5.)),
+                         ("600steps", (1., 6.), (2., 6.)), ("50steps", (1.7, 5.)), ("70steps", (1.6, 4.)),
+                         ("80steps", (3., 5.))]:
+        for seed, (one, four) in enumerate(seeds):
+            found = {"1 step (2000 pictures)": {"fd": one}, "4 steps (2000 pictures)": {"fd": four}}
+            (tmp_path / f"add-glyphs-{name}-seed{seed}.json").write_text(json.dumps(found))
+    rows = {row[2]: row[3:] for row in benchmark.quality()[1]}
+    assert sorted(asked) == [("add",), ("add", "--set", "lr=5e-5", "--set", "terminal=.75")]
+    assert rows[quick] == ("2", "4.0", "1.50 ± 0.71 / 5.00 ± 0.00", "none: on the front")
+    assert rows["default, 50"][-1] == f"≈ {quick}"           # quicker, and better by less than .71
+    assert rows["default, 70"][-1] == "none: on the front"   # slower and worse, but for four steps
+    assert rows["default, 80"][-1] == f"default, 70; {quick}"
+    assert rows["default, 600"][-1] == quick
