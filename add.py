@@ -108,10 +108,10 @@ SOURCES = dict.fromkeys(PRESETS, dict.fromkeys("last terminal own relative gamma
 
 def knowledge(critic, batch, cond, stop, blind, config):
     """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C). c_img is the
-    CLS token of the real x_0 (ours: of its own eyes), for below the last time the student sees some of it;
-    where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence would give the
-    answer away. The time is `stop` (B,), which of the student's: one discriminator for all of them
-    matches only their average sharpness: one step stays too soft, four become too sharp."""
+    CLS token of the real x_0 (ours: the `summary` of its own eyes), for below the last time the student sees
+    some of it; where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence
+    would give the answer away. The time is `stop` (B,), which of the student's: one discriminator for all of
+    them matches only their average sharpness: one step stays too soft, four become too sharp."""
     parts = []
     if config.condition in ("both", "text"):
         parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
@@ -124,10 +124,10 @@ def knowledge(critic, batch, cond, stop, blind, config):
 
 
 def leap(model, x0, cond, config):
-    """One call of the network at a random student time -> x0_hat (B, C, h, w), with gradient; which time it
+    """The student's leap from a random one of its times -> x0_hat (B, C, h, w), with gradient; which time it
     was (B,), 0 the last; and which samples saw nothing of the real x_0 (B,): those from pure noise, and those
     (a share of the others) whose x_s was made, as it will be in use, of what the student itself leapt to from
-    the times before."""
+    the times before; with all noise new, as `fresh` = 1 has it."""
     times = config.path(model.T).to(x0.device)
     share = config.terminal or 1 / len(times)
     odds = torch.tensor([share] + (len(times) - 1) * [(1 - share) / max(len(times) - 1, 1)])  # tau_n, … tau_1

@@ -73,7 +73,7 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def summary(self, image):
-        """(B, 3, H, W) -> the whole picture in one vector (B, D): CLS after the last block."""
+        """(B, 3, H, W) -> the whole picture in one vector (B, D): CLS of the last block, or its like."""
         return F.layer_norm(self.backbone(image)[1][-1].float(), (self.width,))
 
     def heads(self, width, out, spectral=False):
@@ -103,7 +103,7 @@ class Head(nn.Module):
 
 
 class Siamese(nn.Module):
-    """ADT's discriminator, the same heads for both pictures: D(real, other) -> logits, one (B, N) per head.
+    """ADT's discriminator, the same eyes for both pictures: D(real, other) -> logits, one (B, N) per head.
 
     The paper's abstract fixes the frozen backbone, summaries say 'similarity' and leave open which:
       similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
@@ -187,8 +187,8 @@ class Projected(nn.Module):
 
 
 def tighten(critic):
-    """Let every spectral norm follow its weight, once for all micro-batches of a step: between two calls the
-    critic, in eval mode, is one and the same function, however many pictures it is shown."""
+    """Let every spectral norm follow its weight, once for all micro-batches of a step: until its weights move
+    the critic, in eval mode, is one and the same function, however many pictures it is shown."""
     critic.train()
     for module in critic.modules():
         if hasattr(module, "parametrizations"):
@@ -232,7 +232,7 @@ def augment(image, draw, strength=1.0, noise=0.0, cutout=True):
     image = grey + (image - grey) * (1 + saturation)                          # 0 … 2
     level = image.mean((1, 2, 3), keepdim=True)
     image = level + (image - level) * (1 + .5 * contrast)                     # 0.5 … 1.5
-    reach = torch.tensor([w, h], device=image.device) / 8 * strength
+    reach = (torch.tensor([w, h], device=image.device) / 8 * strength).round()
     shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()         # whole pixels
     theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
     theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)

@@ -283,9 +283,6 @@ def fresh(draw, path):
 
 def main():
     HOME.mkdir(exist_ok=True), RESULTS.mkdir(exist_ok=True)
-    (HOME / "tables.md").write_text("".join(
-        f"## `python study.py {name.rpartition('-')[0]} --data {name.rpartition('-')[2]}`\n\n"
-        f"{evaluate.table(evaluate.gather(rows))}\n\n" for name, rows in studies().items()))
     readme = HERE / "README.md"
     readme.write_text(filled(readme.read_text()))
     for draw in DRAWN:

@@ -1,4 +1,4 @@
-"""Every numbered formula of either paper, as a pure function of tensors. Nothing here owns a network.
+"""The formulas of either paper, as pure functions. Nothing here owns a network.
 
 Both papers play the same game: the generator keeps a regression loss that anchors it, and adds an adversarial
 loss that tells it what regression cannot. Signs: D is high on real, low on fake. The papers' sum over heads

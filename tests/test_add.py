@@ -45,6 +45,33 @@ def test_at_the_last_time_the_student_sees_nothing_of_the_picture(toy, target):
     assert 16 < terminal.sum() < 48 and (apart[terminal] == 0).all() and (apart[~terminal] > .1).all()
 
 
+def test_its_own_leaps_see_nothing_of_the_picture_either(toy):
+    model, inputs = toy("eps"), []
+    for value in (-3., 3.):
+        torch.manual_seed(1)
+        model.calls.clear()
+        picture = torch.full((16, 2, 4, 4), value, dtype=torch.float64)
+        add.leap(model, picture, model.condition(["a"] * 16), add.Config(own=1.))
+        inputs.append([x for x, *_ in model.calls])
+    assert len(inputs[0]) == 4 and all(torch.equal(a, b) for a, b in zip(*inputs))
+
+
+def test_each_of_its_own_leaps_stays_with_its_caption(toy, monkeypatch):
+    """A student that leaps to five times what its caption says."""
+    model = toy()
+    def output(x, time, cond):
+        t = (time * model.T).round().long()
+        model.calls.append((x, t))
+        (alpha, sigma), goal = model.at(t), 5 * cond["scale"].view(-1, 1, 1, 1)
+        return (x - goal * alpha) / sigma - goal             # the flow that means x0 = goal
+    monkeypatch.setattr(model, "output", output)
+    cond = model.condition(["a" * i for i in range(8)])
+    add.leap(model, torch.zeros(8, 2, 64, 64, dtype=torch.float64), cond, add.Config(own=1., terminal=1e-9))
+    x, t = model.calls[-1]
+    torch.testing.assert_close(x.mean((1, 2, 3)) / model.at(t)[0].flatten(), 5 * cond["scale"],
+                               rtol=0, atol=.3)
+
+
 @pytest.mark.parametrize("last", [1., .9])
 def test_the_student_is_told_the_time_its_input_was_noised_to(toy, last):
     """The index into a list of times is not a time: alpha of the time it is told is the share of picture.
@@ -147,12 +174,23 @@ def test_the_teacher_judges_the_students_own_picture_noised_again(toy):
     alpha, sigma = teacher.at((time * teacher.T).round().long())
     torch.testing.assert_close(x.mean((1, 2, 3)), 7 * alpha.flatten(), rtol=0, atol=.08)
     assert len(set(time.tolist())) > 40 and not with_gradient                # every sample its own t
+    torch.testing.assert_close((x - 7 * alpha).std((1, 2, 3)), sigma.flatten(), rtol=.1, atol=0)
+
+
+@pytest.mark.equation("ADD eq. 4")
+def test_the_teacher_is_asked_at_all_times_alike(toy):
+    teacher = toy().requires_grad_(False)
+    leapt = torch.zeros(4000, 2, 4, 4, dtype=torch.float64)
+    add.advice(teacher, leapt, teacher.condition(["a"] * 4000), add.Config())
+    t = (teacher.calls[0][1] * teacher.T).round()
+    assert t.min() < 10 and t.max() > 989 and t.mean() == pytest.approx(499.5, abs=25)
 
 
 @pytest.mark.equation("ADD eq. 4")
 @pytest.mark.equation("ADD eq. 1")
 def test_the_teacher_is_shown_the_students_leap_and_heeded_by_c_of_t(world, monkeypatch):
-    """Not the real picture, and not a picture with a graph; its advice counts c(t) lambda."""
+    """Not the real picture, and not a picture with a graph; its advice counts c(t) lambda, each sample's its
+    own c(t)."""
     model, teacher, critic, batch = world
     seen, leap = {}, add.leap
     def watched(*inputs):
@@ -160,12 +198,12 @@ def test_the_teacher_is_shown_the_students_leap_and_heeded_by_c_of_t(world, monk
         return (seen["leap"], *rest)
     def advice(teacher, x0, cond, config):
         seen["asked"] = x0
-        return x0 - 1, torch.arange(4.)                      # one off everywhere, c = 0 … 3
+        return x0 - torch.arange(4.).view(4, 1, 1, 1), torch.arange(4.)      # 0 … 3 off, c = 0 … 3
     monkeypatch.setattr(add, "leap", watched)
     monkeypatch.setattr(add, "advice", advice)
     terms, _, _ = add.generator_loss(model, teacher, critic, batch, add.Config(space="latent"))
     assert torch.equal(seen["asked"], seen["leap"].detach()) and not seen["asked"].requires_grad
-    assert terms["distill"].item() == pytest.approx(2.5 * 1.5, rel=1e-4)
+    assert terms["distill"].item() == pytest.approx(2.5 * (1 + 8 + 27) / 4, rel=1e-4)
 
 
 @pytest.mark.equation("ADD eq. 4")
@@ -316,6 +354,8 @@ def test_what_the_discriminator_may_know_changes_its_verdict(world, condition):
     later = add.knowledge(critic, batch, cond, last, none, config)
     verdicts = [torch.cat(critic(None, batch.image, c), 1) for c in (known, other, later)]
     assert torch.equal(*verdicts[:2]) == (condition == "none") and not torch.equal(*verdicts[::2])
+    if condition != "none":                                  # the time is as loud as the part before it
+        assert known[:, -4:].norm(dim=1) == pytest.approx(known[:, :128].norm(dim=1), rel=.01)
     config.timed = False
     known, later = (add.knowledge(critic, batch, cond, stop, none, config) for stop in (first, last))
     assert known is later is None if condition == "none" else torch.equal(known, later)
@@ -359,6 +399,29 @@ def test_r1_counts_gamma(world):
         terms, _, _ = add.discriminator_loss(critic, batch, batch.image, known, add.Config(gamma=gamma))
         found.append(terms["R1"].item())
     assert found[1] == pytest.approx(3 * found[0], rel=1e-3) and found[0] > 0
+
+
+@pytest.mark.equation("ADD eq. 3")
+def test_r1_is_of_the_verdict_on_each_real_picture_with_its_own_c(world):
+    critic, batch = deepcopy(world[2]).eval(), world[3]
+    known = torch.randn(4, critic.project[0].in_features)
+    config = replace(EXACT, gamma=1., share_r1=.5)
+    terms, _, _ = add.discriminator_loss(critic, batch, batch.image.flip(0), known, config)
+    maps = [f[:2].detach().requires_grad_() for f in critic.features(batch.image)]
+    expected = losses.r1(critic.score(maps, known[:2]), maps)
+    assert terms["R1"].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_real_and_fake_are_augmented_apart(world, monkeypatch):
+    critic, batch, draws = world[2].eval(), world[3], []
+    augment = discriminator.augment
+    def watched(picture, draw, *rest):
+        draws.append(draw)
+        return augment(picture, draw, *rest)
+    monkeypatch.setattr(discriminator, "augment", watched)
+    known = torch.zeros(4, critic.project[0].in_features)
+    add.discriminator_loss(critic, batch, batch.image, known, add.Config(gamma=0.))
+    assert len(draws) == 2 and (draws[0] != draws[1]).all()
 
 
 # ------------------------------------------------------------------------------------------ the whole step

@@ -272,16 +272,26 @@ def test_projection_reads_the_caption(features):
 
 # ------------------------------------------------------------------------------------------ augmentation
 
+def test_projection_is_an_inner_product_over_the_root_of_its_width(features):
+    """Of c only the direction counts."""
+    critic, known = build_critic("projected", features, 16).eval(), torch.randn(2, 16)
+    maps, c = features(torch.randn(2, 3, 32, 32)), 8 * torch.nn.functional.normalize(known)
+    expected = [(head(x) @ w(c)[..., None]).squeeze(-1) / 64 ** .5
+                for head, x, w in zip(critic.heads, maps, critic.project)]
+    torch.testing.assert_close(critic.score(maps, 3 * known), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_augmentation_is_the_identity_at_strength_zero():
     image = torch.rand(4, 3, 32, 32) * 2 - 1
     torch.testing.assert_close(discriminator.augment(image, discriminator.geometry(4), 0.), image)
 
 
-def test_noise_is_as_strong_as_it_is_set_and_new_at_every_look():
+def test_noise_is_as_strong_as_it_is_set_new_at_every_look_and_to_every_picture():
     flat, draw = torch.full((64, 3, 32, 32), .5), discriminator.geometry(64)
     one, two = (discriminator.augment(flat, draw, 0., noise=.05) for _ in range(2))
     assert one.std().item() == pytest.approx(.05, rel=.02)
-    assert (one - two).std().item() == pytest.approx(.05 * 2 ** .5, rel=.02)
+    for gap in (one - two, one[1:] - one[:-1]):
+        assert gap.std().item() == pytest.approx(.05 * 2 ** .5, rel=.02)
 
 
 def test_what_is_visible_is_clamped_and_descent_never_leads_further_out():
@@ -320,7 +330,7 @@ def test_a_pair_shares_its_geometry_and_not_its_colours():
     assert len({tuple(p.nonzero()[0].tolist()) for p in place(one)}) > 5      # and the draws differ
 
 
-@pytest.mark.parametrize("strength", [.1, .5, 1.])
+@pytest.mark.parametrize("strength", [.1, .4, .6, 1.])
 def test_however_weak_the_augmentation_hides_which_pixels_are_even(strength):
     image = torch.full((2000, 3, 32, 32), -1.)
     image[:, :, :, 15] = 1.

@@ -15,6 +15,11 @@ SMALL = ["--set", "batch=2", "--set", "warmup_d=0", "--samples", "0"]
 QUICK = [*SMALL, "--set", "path_steps=2", "--set", "train_steps=1"]
 
 
+def run_of(*arguments):
+    small = SMALL if "add" in arguments else QUICK
+    return train.prepare(train.parse([*small, "--steps", "4", *arguments])[1])[2]
+
+
 def go(out, *arguments):
     train.main([*(SMALL if "add" in arguments else QUICK), "--out", str(out), *arguments])
     return out
@@ -43,7 +48,7 @@ def test_a_run_leaves_everything_a_reader_wants(tmp_path, method, dataset, last,
 
 def test_the_two_halves_leave_each_other_alone(glyphs):
     """After a whole step: the critic's gradients come from its own half, the generator's from its own."""
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "2", "--set", "steps_d=2"])[1])
+    run = run_of("--set", "steps_d=2")
     frozen = {n: v.clone() for n, v in run.critic.features.named_buffers()}
     text = {n: v.clone() for n, v in run.model.text.state_dict().items()}
     calls = []
@@ -61,11 +66,13 @@ def test_the_two_halves_leave_each_other_alone(glyphs):
 
 @pytest.mark.parametrize("method", ["adt", "add"])
 def test_each_half_starts_and_ends_with_its_own_gradients_alone(method):
-    """When D's half begins, D holds nothing of the generator's; when it ends, the generator's are what they
-    were."""
-    small = SMALL if method == "add" else QUICK
-    _, _, run, _ = train.prepare(train.parse(["--method", method, *small, "--steps", "2"])[1])
-    judge, looks = run.judge, []
+    """When a half begins, its player holds no gradient, of the other's half or of the step before; when D's
+    ends, the generator's are what they were."""
+    run = run_of("--method", method)
+    generate, judge, looks = run.generate, run.judge, []
+    def ask(*half):
+        assert not any(w.grad is not None and w.grad.any() for w in run.weights)
+        return generate(*half)
     def look(*half):
         assert not any(w.grad is not None and w.grad.any() for w in run.critic_weights)
         held = [w.grad.clone() for w in run.weights]
@@ -73,13 +80,69 @@ def test_each_half_starts_and_ends_with_its_own_gradients_alone(method):
         assert all(torch.equal(a, w.grad) for a, w in zip(held, run.weights))
         looks.append(any(w.grad is not None and w.grad.any() for w in run.critic_weights))
         return seen
-    run.judge = look
+    run.generate, run.judge = ask, look
     run.step(), run.step()
     assert looks == [True, True]
 
 
+@pytest.mark.parametrize("init", ["base", "random"])
+def test_the_student_starts_as_the_base_or_from_nothing_and_the_teacher_stays_the_base(init):
+    run = run_of("--method", "add", "--set", f"init={init}")
+    base = [*models.build("tiny", "glyphs").network.parameters()]
+    teacher = [*run.teacher.network.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(run.weights, base)) == (init == "base")
+    begun = [w.detach().clone() for w in run.weights]
+    run.step()
+    assert all(torch.equal(a, b) for a, b in zip(teacher, base)) and not any(w.requires_grad for w in teacher)
+    assert not all(torch.equal(a, b) for a, b in zip(begun, run.weights))
+
+
+def test_micro_batches_are_averaged_and_the_log_says_who_is_right():
+    run = run_of("--method", "add", "--set", "accumulate=2", "--set", "clip=0", "--set", "clip_d=0")
+    class Game:                                              # the gradient of either player is one
+        def generator_loss(*_):
+            return {"adv": run.weights[0].sum()}, torch.zeros(2, 3, 32, 32), None
+        def discriminator_loss(*_):
+            wrong_once = torch.tensor([[-1.], [-1.], [-1.], [1.]])
+            return {"D": run.critic_weights[0].sum()}, [torch.ones(2, 1)], [wrong_once]
+    run.module = Game
+    for run.done in (0, 1):                                  # measured term by term, and not
+        seen, run.coming = run.step(), None
+        assert (run.weights[0].grad == 1).all() and (run.critic_weights[0].grad == 1).all()
+        assert (seen["D right on real"], seen["D right on fake"]) == (1., .75)
+
+
+def test_every_step_and_every_turn_draws_anew():
+    run, luck = run_of("--method", "add", "--set", "steps_d=2"), []
+    plain = run.module
+    class Watched:
+        def generator_loss(*inputs):
+            luck.append(torch.initial_seed())
+            return plain.generator_loss(*inputs)
+        def discriminator_loss(*inputs):
+            luck.append(torch.initial_seed())
+            return plain.discriminator_loss(*inputs)
+    run.module = Watched
+    run.step(), run.step()
+    assert len(set(luck)) == len(luck) == 6
+
+
+def test_spectral_norms_follow_their_weights_in_a_run():
+    run = run_of("--method", "add")
+    norm = run.critic.heads[0].mix.parametrizations.weight[0]
+    before = norm._u.clone()
+    run.step()
+    assert not torch.equal(norm._u, before)
+
+
+def test_no_weight_decays_and_the_moments_are_those_that_were_set():
+    run = run_of("--method", "add", "--set", "beta1=0.2", "--set", "beta1_d=0.3")
+    said = [(o.defaults["betas"], o.defaults["weight_decay"]) for o in (run.opt_g, run.opt_d)]
+    assert said == [((.2, .999), 0.), ((.3, .99), 0.)]
+
+
 def test_the_average_and_the_rates_follow_their_schedules():
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "4"])[1])
+    run = run_of()
     average = [w.detach().clone() for w in run.weights]
     for decay, lr in ((1 / 10, 1e-4), (2 / 11, 7.5e-5)):     # young averages forget; the rate falls to zero
         run.step()
@@ -96,7 +159,7 @@ def test_the_average_and_the_rates_follow_their_schedules():
 def test_gradients_are_as_long_as_they_may_be():
     """clip=0: whatever they are; a limit above their norm changes no bit; below it, it is their norm, and
     only their length changes."""
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "4"])[1])
+    run = run_of()
     seen = {w: torch.randn_like(w) for w in run.weights}
     norm = torch.stack([g.norm() for g in seen.values()]).norm().item()
     optimiser = torch.optim.SGD(run.weights, 0.)
@@ -111,7 +174,7 @@ def test_gradients_are_as_long_as_they_may_be():
 
 
 def test_a_discriminator_in_warm_up_learns_and_does_not_teach():
-    _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=1", "--steps", "4"])[1])
+    run = run_of("--set", "warmup_d=1")
     weights = [[p.detach().clone() for p in group] for group in (run.weights, run.critic_weights)]
     def moved():
         return [any(not torch.equal(a, b) for a, b in zip(group, now))
@@ -122,15 +185,14 @@ def test_a_discriminator_in_warm_up_learns_and_does_not_teach():
 
 def test_warm_up_takes_a_quarter_of_the_run_at_most():
     for steps, warmup in ((4, 1), (100, 25), (400, 60)):
-        _, _, run, _ = train.prepare(train.parse([*QUICK, "--set", "warmup_d=60", "--steps", str(steps)])[1])
-        assert run.warmup == warmup
+        assert run_of("--set", "warmup_d=60", "--steps", str(steps)).warmup == warmup
 
 
 def test_measuring_each_terms_gradient_changes_nothing(monkeypatch):
     """Taken one by one or as a sum, the terms leave the same gradient, and the parts are told apart."""
     found = []
     for measure in (1, 10 ** 9):
-        _, _, run, _ = train.prepare(train.parse([*QUICK, "--steps", "2"])[1])
+        run = run_of()
         monkeypatch.setattr(train, "MEASURE", measure)
         run.done = 1
         seen = run.step()
