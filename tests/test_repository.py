@@ -95,7 +95,7 @@ SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-bat
 def commands():
     """Every line of the README's sh blocks that runs one of our scripts."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if re.search(r"python \w+\.py", line)]
+    return [line for block in blocks for line in block.splitlines() if re.search(r"(python|torchrun .*) \w+\.py", line)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,8 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", commands())
 def test_readme_command_runs(clone, command):
     """Every command of the README as it stands, on shrunken budgets."""
-    command = command.split("  #")[0].replace("python ", f"{sys.executable} ")
+    command = command.split("  #")[0].replace("torchrun ", "python -m torch.distributed.run ")
+    command = command.replace("python ", f"{sys.executable} ")
     command = re.sub(r"(train\.py.*?) --steps \d+", r"\1 --steps 3", command)
     command = re.sub(r"(evaluate\.py.*?) --steps [\d,]+", r"\1 --steps 2,3", command)
     done = subprocess.run(["bash", "-ec", command], cwd=clone, capture_output=True, text=True)
