@@ -95,7 +95,8 @@ SHRINK = {"adt.py": [('pictures per micro-batch"] = 32', 'pictures per micro-bat
 def commands():
     """Every line of the README's sh blocks that runs one of our scripts."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if re.search(r"(python|torchrun .*) \w+\.py", line)]
+    return [line for block in blocks for line in block.splitlines()
+            if re.search(r"(python|torchrun .*) \w+\.py", line)]
 
 
 @pytest.fixture(scope="module")
