@@ -41,7 +41,6 @@ import train
 
 HERE = Path(__file__).parent
 ROUNDS = 7
-SHIPPED = "add-{}-lr=5e-5-terminal=.75-4000steps-seed0"      # the student in weights/, as results/ calls it
 
 
 def alternate(jobs, rounds=ROUNDS):
@@ -269,10 +268,8 @@ def sampling():
     FD of the base and of the student that weights/ ships, 2,000 pictures each."""
     model, rows, found = models.build("tiny", "glyphs"), [], {}
     captions = data.build("glyphs").batch(100, torch.Generator().manual_seed(0)).caption
-    for dataset in ("glyphs", "fashion"):
-        for who, name in (("base", f"base-{dataset}"), ("student", SHIPPED.format(dataset))):
-            path = figures.RESULTS / f"{name}.json"
-            found[f"FD, {dataset}, {who}"] = json.loads(path.read_text())
+    for dataset, who in itertools.product(("glyphs", "fashion"), ("base", "add")):
+        found[f"FD, {dataset}, {figures.NAMES[who]}"] = json.loads(figures.known(who, dataset).read_text())
     jobs = {n: lambda n=n: evaluate.sample(model, captions, n) for n in (1, 2, 4, 10, 25, 50)}
     seconds = alternate(jobs, 3)
     for n, taken in seconds.items():

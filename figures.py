@@ -61,13 +61,17 @@ def axes(columns, width=4., height=3.):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def known(who, dataset):
+    """The file in results/ with what was measured of a shipped model."""
+    weights = models.find(evaluate.SHIPPED[who], dataset).read_bytes()
+    name = "base" if who == "base" else f"shipped-{who}-{hashlib.sha256(weights).hexdigest()[:8]}"
+    return RESULTS / f"{name}-{dataset}.json"
+
+
 def measured(who, dataset, examiner, ways):
     """Figures of a shipped model in so many steps each, from results/ where they are known."""
     model, settings = shipped(who, dataset)
-    weights = models.find(evaluate.SHIPPED[who], dataset).read_bytes()
-    known = "base" if who == "base" else f"shipped-{who}-{hashlib.sha256(weights).hexdigest()[:8]}"
-    found = study.measured(RESULTS / f"{known}-{dataset}.json", examiner, [(n, settings) for n in ways],
-                           lambda: (model, {}))
+    found = study.measured(known(who, dataset), examiner, [(n, settings) for n in ways], lambda: (model, {}))
     return [figures for _, figures in found]
 
 
@@ -81,15 +85,15 @@ def beside(rows, columns=5):
         source = data.build(dataset)
         examiner = evaluate.Examiner(source, 2000)
         captions = source.batch(12, torch.Generator().manual_seed(7)).caption[:columns]
-        axes = half.subplots(len(rows), columns)
-        for line, (label, who, n) in zip(axes, rows):
+        lines = half.subplots(len(rows), columns)
+        for line, (label, who, n) in zip(lines, rows):
             model, settings = shipped(who, dataset)
             fd = measured(who, dataset, examiner, [n])[0]["fd"]
             line[0].set_ylabel(f"{label}\nFD {fd:.2f}", rotation=0, ha="right", va="center", fontsize=8.5)
             for axis, image in zip(line, evaluate.sample(model, captions, n, seed=1, **settings)):
                 axis.imshow((image.permute(1, 2, 0) / 2 + .5).clamp(0, 1).numpy(), interpolation="nearest")
                 axis.set_xticks([]), axis.set_yticks([]), axis.spines[:].set_visible(False)
-        for axis, caption in zip(axes[0], captions):
+        for axis, caption in zip(lines[0], captions):
             axis.set_title(textwrap.fill(caption.removeprefix("a photo of "), 15), fontsize=7.5)
         half.subplots_adjust(.15, .01, .995, 1 - .75 / height, .04, .04)
     return figure
