@@ -1,13 +1,14 @@
-"""ADD, Adversarial Diffusion Distillation (Sauer et al. 2023, arXiv 2311.17042): one step, made to look like
-fifty.
+"""ADD, Adversarial Diffusion Distillation (Sauer et al. 2023, arXiv 2311.17042): 1 to 4 sampling steps.
 
-A student starts as a copy of the diffusion model and learns to leap: from a noised picture at one of four
-times straight to the end. A discriminator says how real the leap looks; the frozen teacher, asked about
-the student's own leap noised again, says where it should have landed.
+A student starts as a copy of the diffusion model. From a noised real image x_s, at one of a few timesteps of
+which the last is pure noise, it predicts the clean image x0_hat in one call. A projected discriminator rates
+x0_hat. The frozen teacher denoises x0_hat after it was noised again: that is the target of the distillation
+loss (score distillation).
 
     L = L_adv(x0_hat) + lambda E_{t,eps'} c(t) || x0_hat - x0_psi(sg[alpha_t x0_hat + sigma_t eps'], t) ||^2
 
-Same three names as adt.py: Config, generator_loss, discriminator_loss.                Read next: train.py"""
+The same three names as in adt.py: Config, generator_loss, discriminator_loss. Read next: train.py
+"""
 
 import math
 from dataclasses import dataclass
@@ -19,193 +20,229 @@ import torch.nn.functional as F
 import discriminator
 import losses
 import sampler
+from discriminator import DiscriminatorInputs
+from utils import config as settings
 
 
-@dataclass
-class Config:
-    """Each field carries its provenance: paper, secondary (public code and readings of it), ours."""
+@dataclass(kw_only=True)
+class Config(settings.DiscriminatorConfig, settings.TrainConfig):
+    """Settings of ADD. Provenance: paper, secondary (public code and summaries), ours."""
+
     has_teacher = True
-    # the student
-    student_steps: Annotated[int, "paper: n, how many times the student knows; the last is pure noise"] = 4
-    last: Annotated[float, "ours: the time it is told at pure noise, a share of T (paper: 1)"] = 0.9
-    fresh: Annotated[float, "ours: share of new noise between its leaps in use; 1 forgets the old"] = 1.0
-    terminal: Annotated[float, "ours: share of the batch at pure noise (paper: 0, 1/n as every time)"] = 0.5
-    init: Annotated[Literal["base", "random"], "paper: it starts as a copy of the trained model"] = "base"
-    own: Annotated[float, "ours: share of the lower times that noise its own leaps (paper: 0)"] = 0.5
-    # the teacher
-    weighting: Annotated[Literal["exponential", "sds", "nfsd"],
-                         "paper: c(t); exponential in its ablations, nfsd in its models"] = "exponential"
-    lambda_distill: Annotated[float, "ours: the paper's 2.5, but beside a mean over heads"] = 2.5
+    # the first ones to change
+    lambda_distill: Annotated[float, "ours: weight of the distillation loss (the paper's 2.5 stands beside a "
+                              "sum over heads)"] = 2.5
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
-    teacher_guidance: Annotated[float, "ours: the teacher's classifier-free guidance"] = 1.0
-    teacher_steps: Annotated[int, "paper: sampler steps the teacher takes to its x0"] = 1
-    distance: Annotated[Literal["squared", "l1", "huber"], "paper: d"] = "squared"
-    space: Annotated[Literal["pixel", "latent"], "paper: where the distance is taken"] = "pixel"
-    negative: Annotated[str, "ours: NFSD's negative prompt; empty, it says nothing where t is large"] = ""
-    # the discriminator
-    features: Annotated[Literal["vit", "cnn", "random"], "paper: its frozen eyes; DINOv2's place"] = "vit"
-    condition: Annotated[Literal["both", "text", "image", "none"], "paper: what it knows"] = "both"
-    timed: Annotated[bool, "ours: it knows, too, at which of its times the student leapt"] = True
-    relative: Annotated[bool, "ours: whether its hinge is of D(real) - D(fake), or of each (paper)"] = True
-    gamma: Annotated[float, "ours: R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
-    share_r1: Annotated[float, "ours: share of the real pictures that pay R1; all of them is slow"] = 0.25
-    whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
-    augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
-    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.05
-    # the optimisers
-    batch: Annotated[int, "ours: pictures per micro-batch"] = 32
-    accumulate: Annotated[int, "ours: micro-batches per step"] = 1
-    lr: Annotated[float, "ours: AdamW, student"] = 1e-4
-    beta1: Annotated[float, "ours: AdamW, student"] = 0.0    # momentum makes the game circle
-    lr_d: Annotated[float, "ours: AdamW, heads"] = 5e-3
-    beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
-    clip: Annotated[float, "ours: largest gradient norm, student; 0 = no limit"] = 1.0
-    clip_d: Annotated[float, "ours: largest gradient norm, heads; 0 = no limit"] = 1.0
-    steps_d: Annotated[int, "ours: steps of the heads per step of the student"] = 1
-    ema: Annotated[float, "ours: decay of the averaged student, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 0
+    student_steps: Annotated[int, "paper: n, number of student timesteps; the last is pure noise"] = 4
+    r1_gamma: Annotated[float, "ours: weight of R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
+    relativistic: Annotated[bool, "ours: hinge of D(real) - D(fake); false: of each image (paper)"] = True
+    # student
+    t_max: Annotated[float, "ours: timestep given at pure noise, fraction of T (paper: 1)"] = 0.9
+    pure_noise_prob: Annotated[float, "ours: fraction of the batch at pure noise; 0 = 1/n (paper)"] = 0.5
+    backward_simulation_prob: Annotated[float, "ours: fraction of the other inputs that are noised student "
+                                        "samples instead of noised real images (paper: 0)"] = 0.5
+    # teacher
+    distill_weighting: Annotated[Literal["exponential", "sds", "nfsd"],
+                                 "paper: c(t); exponential in the ablations, nfsd in the released models"
+                                 ] = "exponential"
+    distill_loss: Annotated[Literal["l2", "l1", "huber"], "paper: distance to the teacher's target"] = "l2"
+    distill_space: Annotated[Literal["pixel", "latent"], "paper: where that distance is taken"] = "pixel"
+    teacher_steps: Annotated[int, "paper: sampler steps of the teacher's prediction"] = 1
+    teacher_guidance_scale: Annotated[float, "ours: classifier-free guidance of the teacher"] = 1.0
+    negative_prompt: Annotated[str, "ours: of nfsd"] = ""
+    # discriminator
+    disc_conditioning: Annotated[Literal["text+image", "text", "image", "none"],
+                                 "paper: what D is conditioned on"] = "text+image"
+    disc_time_conditioning: Annotated[bool, "ours: D is also given the student's timestep"] = True
+    r1_batch_fraction: Annotated[float, "ours: fraction of the real images in R1, to save time"] = 0.25
+    warmup_steps_d: Annotated[int, "ours: first steps train D only; a quarter of the run at most"] = 0
 
     def __post_init__(self):
-        for name in ("batch", "accumulate", "student_steps", "teacher_steps", "steps_d"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more")
-        for name in ("ema", "beta1", "beta1_d", "augment", "terminal", "own", "fresh", "share_r1"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is a share, 0 to 1")
-        if self.ema == 1:
-            raise ValueError("ema is below 1: an average that never moves learns nothing")
-        if self.weighting == "nfsd" and (self.teacher_steps, self.teacher_guidance) != (1, 1):
-            raise ValueError("nfsd asks its teacher once, with a scale of its own: "
-                             "leave teacher_steps and teacher_guidance at 1")
+        settings.check_shared(self)
+        settings.require_positive(self, "student_steps", "teacher_steps")
+        settings.require_fraction(self, "pure_noise_prob", "backward_simulation_prob", "r1_batch_fraction")
+        is_plain_teacher = self.teacher_steps == 1 and self.teacher_guidance_scale == 1
+        if self.distill_weighting == "nfsd" and not is_plain_teacher:
+            raise ValueError("distill_weighting=nfsd calls the teacher once and has its own guidance: leave "
+                             "teacher_steps and teacher_guidance_scale at 1")
         if self.lambda_adv == self.lambda_distill == 0:
-            raise ValueError("lambda_adv and lambda_distill are both 0: nothing is left to learn from")
-        if self.lambda_adv == 0:
-            self.warmup_d = 0                                # there is no adversary to wait for
+            raise ValueError("lambda_adv and lambda_distill are both 0: there is no loss left")
 
-    def path(self, T):
-        """The student's times tau_n … tau_1 on a schedule of T."""
-        return sampler.timeline(T, self.student_steps, last=self.last)
+    def timesteps(self, T):
+        """The student's timesteps tau_n, ..., tau_1 -> (student_steps,), decreasing."""
+        return sampler.make_timesteps(T, self.student_steps, t_max=self.t_max)
 
-    def rows(self):
-        """Who is measured at the end of a run: (name, steps, sampler settings). The teacher follows its
-        path; the student leaps, and between leaps its picture is noised again."""
-        return ([("before", steps, {}) for steps in (1, 4, 25)]
-                + [("after", steps, {"fresh": self.fresh, "last": self.last})
-                   for steps in sorted({1, 2, 4, self.student_steps}) if self.student_steps % steps == 0])
+    def eval_sampling_configs(self):
+        """What is measured after training: (before or after, number of steps, sampling settings). The teacher
+        samples deterministically; the student predicts x0 and noises it to the next timestep."""
+        student_steps = [n for n in sorted({1, 2, 4, self.student_steps}) if self.student_steps % n == 0]
+        return ([("before", n, {}) for n in (1, 4, 25)]
+                + [("after", n, {"stochasticity": 1.0, "t_max": self.t_max}) for n in student_steps])
 
-    def critic(self, features, text_width):
-        known = {"both": text_width + features.width, "text": text_width, "image": features.width, "none": 0}
-        return discriminator.Projected(features, known[self.condition] + self.timed * self.student_steps)
+    def check_model(self, model, is_sharded):
+        """ValueError if the model cannot be trained with these settings."""
+        self.timesteps(model.T)
+        if model.is_large and self.t_max != 1:
+            raise ValueError("t_max is 1 for Stable Diffusion: diffusers' schedulers sample its students and "
+                             "know no other")
+        if is_sharded and self.backward_simulation_prob:
+            raise ValueError("--fsdp wants backward_simulation_prob=0: all processes must call the network "
+                             "equally often")
 
+    def extra_prompts(self):
+        """Prompts that training needs besides the captions."""
+        return ["", self.negative_prompt]
 
-# What large models want otherwise, and where it is from: the paper tells the student T at pure noise, which
-# gets its fair share of the batch, noises real pictures, and states the hinge and gamma; but no rates.
-LATENT = dict(last=1., terminal=0., own=0., relative=False, gamma=1e-5, share_r1=1., augment=1., batch=4,
-              instance_noise=0., lr=1e-5, lr_d=1e-4, ema=.999, negative="blurry, low quality, distorted")
-PRESETS = {"sd15": LATENT, "sdxl": dict(LATENT, batch=1), "sd3": dict(LATENT, batch=1)}
-SOURCES = dict.fromkeys(PRESETS, dict.fromkeys("last terminal own relative gamma share_r1".split(), "paper"))
-
-
-def knowledge(critic, batch, cond, stop, blind, config):
-    """c = (c_text, c_img, the time), what the discriminator may know of either picture (B, C). c_img is the
-    CLS token of the real x_0 (ours: the `summary` of its own eyes), for below the last time the student sees
-    some of it; where it could not (`blind`, (B,)), c_img is zero for real and fake alike, or its presence
-    would give the answer away. The time is `stop` (B,), which of the student's: one discriminator for all of
-    them matches only their average sharpness: one step stays too soft, four become too sharp."""
-    parts = []
-    if config.condition in ("both", "text"):
-        parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
-    if config.condition in ("both", "image"):
-        parts.append(critic.features.summary(batch.image) * ~blind[:, None])
-    if config.timed:
-        length = parts[0].shape[1] ** .5 if parts else 1.
-        parts.append(length * F.one_hot(stop, config.student_steps))
-    return torch.cat(parts, 1) if parts else None
+    def build_discriminator(self, backbone, text_dim):
+        """backbone: FrozenBackbone; text_dim: length of the captions' pooled embeddings."""
+        cond_dim = {"text+image": text_dim + backbone.embed_dim, "text": text_dim,
+                    "image": backbone.embed_dim, "none": 0}[self.disc_conditioning]
+        if self.disc_time_conditioning:
+            cond_dim += self.student_steps
+        return discriminator.ProjectedDiscriminator(backbone, cond_dim)
 
 
-def leap(model, x0, cond, config):
-    """The student's leap from a random one of its times -> x0_hat (B, C, h, w), with gradient; which time it
-    was (B,), 0 the last; and which samples saw nothing of the real x_0 (B,): those from pure noise, and those
-    (a share of the others) whose x_s was made, as it will be in use, of what the student itself leapt to from
-    the times before; with all noise new, as `fresh` = 1 has it."""
-    times = config.path(model.T).to(x0.device)
-    share = config.terminal or 1 / len(times)
-    odds = torch.tensor([share] + (len(times) - 1) * [(1 - share) / max(len(times) - 1, 1)])  # tau_n, … tau_1
-    stop = torch.multinomial(odds, len(x0), replacement=True).to(x0.device)
-    s, terminal, eps = times[stop], stop == 0, torch.randn_like(x0)
-    own = (~terminal & (torch.rand(len(x0), device=x0.device) < config.own)).nonzero().flatten()
-    if len(own):
-        leaps = []
+# Presets of large models: the paper's values where it states them. It states no learning rates.
+LATENT_DEFAULTS = dict(t_max=1., pure_noise_prob=0., backward_simulation_prob=0., relativistic=False,
+                       r1_gamma=1e-5, r1_batch_fraction=1., augment_strength=1., batch_size=4,
+                       instance_noise=0., lr=1e-5, lr_d=1e-4, ema_decay=.999,
+                       negative_prompt="blurry, low quality, distorted")
+PRESETS = {"sd15": LATENT_DEFAULTS, "sdxl": dict(LATENT_DEFAULTS, batch_size=1),
+           "sd3": dict(LATENT_DEFAULTS, batch_size=1)}
+PRESET_SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(
+    ("t_max", "pure_noise_prob", "backward_simulation_prob", "relativistic", "r1_gamma",
+     "r1_batch_fraction"), "paper"))
+
+
+def student_prediction(model, x0, cond, config):
+    """The student's prediction at a random one of its timesteps -> x0_hat (B, C, h, w) with its graph;
+    step_index (B,), 0 = tau_n; hide_image (B,), True where x_s holds nothing of the real x0.
+
+    That is the case at pure noise, and with backward simulation, where x_s is made of the student's own
+    prediction at the previous timestep, as in sampling (DMD2)."""
+    timesteps = config.timesteps(model.T).to(x0.device)                # tau_n, ..., tau_1
+    n = len(timesteps)
+    p_pure_noise = config.pure_noise_prob or 1 / n
+    step_probs = torch.tensor([p_pure_noise] + (n - 1) * [(1 - p_pure_noise) / max(n - 1, 1)])
+    step_index = torch.multinomial(step_probs, len(x0), replacement=True).to(x0.device)
+    t_student = timesteps[step_index]
+    is_pure_noise = step_index == 0
+    eps = torch.randn_like(x0)
+    is_simulated = ~is_pure_noise & (torch.rand(len(x0), device=x0.device) < config.backward_simulation_prob)
+    self_idx = is_simulated.nonzero().flatten()
+    if len(self_idx):
+        step_x0s = []
         with torch.no_grad():
-            sampler.few_step(model, torch.randn_like(x0[own]), times[:-1],
-                             {k: v[own] for k, v in cond.items()}, config.fresh,
-                             visit=lambda i, x: leaps.append(x))
-        landed = torch.stack(leaps)                          # (n - 1, B', C, h, w)
-        x0 = x0.index_copy(0, own, landed[stop[own] - 1, torch.arange(len(own), device=own.device)])
-    # zero terminal SNR, whatever alpha the schedule has there: nothing of x_0 reaches the network
-    x_s = torch.where(terminal.view(-1, 1, 1, 1), eps, model.add_noise(x0, s, eps))
-    return model.split(x_s, model.predict(x_s, s, cond), s)[0], stop, terminal.index_fill(0, own, True)
+            sampler.sample_few_step(model, torch.randn_like(x0[self_idx]), timesteps[:-1],
+                                    {k: v[self_idx] for k, v in cond.items()},
+                                    callback=lambda i, x0: step_x0s.append(x0))
+        x0_by_step = torch.stack(step_x0s)                             # (n - 1, B', C, h, w)
+        rows = torch.arange(len(self_idx), device=self_idx.device)
+        x0 = x0.index_copy(0, self_idx, x0_by_step[step_index[self_idx] - 1, rows])
+    # zero terminal SNR: at tau_n the input is eps, whatever alpha_T the schedule has
+    x_s = torch.where(is_pure_noise.view(-1, 1, 1, 1), eps, model.add_noise(x0, t_student, eps))
+    y = model.predict(x_s, t_student, cond)
+    x0_hat = model.to_x0_eps(x_s, y, t_student)[0]
+    return x0_hat, step_index, is_pure_noise.index_fill(0, self_idx, True)
 
 
 @torch.no_grad()
-def advice(teacher, x0_hat, cond, config):
-    """The teacher's opinion of the student's own leap -> target (B, C, h, w), c(t) (B,)."""
-    most = teacher.T - 1 if config.weighting == "nfsd" else teacher.T         # nfsd divides by alpha_t
-    t, eps = torch.randint(most, (len(x0_hat),), device=x0_hat.device), torch.randn_like(x0_hat)
-    x_t, uncond = teacher.add_noise(x0_hat, t, eps), teacher.condition([""])  # ADD eq. 4: not the real one
-    alpha, sigma = teacher.at(t)
-    weight = losses.distillation_weight(config.weighting, alpha, sigma).flatten()
-    if config.weighting == "nfsd":
-        def said(c):
-            c = {**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
-            return teacher.split(x_t, teacher.predict(x_t, t, c), t)[1]
-        empty = said(uncond)
-        negative = said(teacher.condition([config.negative])) if config.negative else empty
-        small = (t < teacher.T // 5).view(-1, 1, 1, 1)                        # 200 of 1000
-        return losses.nfsd_target(x0_hat, alpha, sigma, empty, said(cond), negative, small), weight
+def distillation_target(teacher, x0_hat, cond, config):
+    """Noise the student's prediction and let the teacher denoise it -> target (B, C, h, w), c(t) (B,)."""
+    t_limit = teacher.T - 1 if config.distill_weighting == "nfsd" else teacher.T  # nfsd divides by alpha_t
+    t = torch.randint(t_limit, (len(x0_hat),), device=x0_hat.device)
+    eps = torch.randn_like(x0_hat)
+    x_t = teacher.add_noise(x0_hat, t, eps)                            # ADD eq. 4: of x0_hat, not of x0
+    uncond = teacher.encode_prompts([""])
+    alpha, sigma = teacher.alpha_sigma(t)
+    weight = losses.distillation_weight(config.distill_weighting, alpha, sigma).flatten()
+    if config.distill_weighting == "nfsd":
+        return nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config), weight
     n = config.teacher_steps
-    times = torch.stack([t * (n - i) // n for i in range(n)])                 # (n, B): from t down, evenly
-    return sampler.rollout(teacher, x_t, times, cond, uncond, config.teacher_guidance), weight
+    timesteps = torch.stack([t * (n - i) // n for i in range(n)])      # (n, B): evenly spaced from t down
+    target = sampler.rollout(teacher, x_t, timesteps, cond, uncond, config.teacher_guidance_scale)
+    return target, weight
 
 
-def augmented(picture, config):
-    """(B, 3, H, W) as the discriminator sees it; every call draws anew."""
-    return discriminator.augment(picture, discriminator.geometry(len(picture), picture.device),
-                                 config.augment, config.instance_noise)
+def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
+    """losses.nfsd_target from the teacher's eps for the empty, the real and the negative caption."""
+    def predict_eps(c):
+        c = {**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
+        return teacher.to_x0_eps(x_t, teacher.predict(x_t, t, c), t)[1]
+
+    alpha, sigma = teacher.alpha_sigma(t)
+    eps_uncond = predict_eps(uncond)
+    eps_negative = eps_uncond
+    if config.negative_prompt:
+        eps_negative = predict_eps(teacher.encode_prompts([config.negative_prompt]))
+    is_small_t = (t < teacher.T // 5).view(-1, 1, 1, 1)                # 200 of 1000
+    return losses.nfsd_target(x0_hat, alpha, sigma, eps_uncond, predict_eps(cond), eps_negative, is_small_t)
 
 
-def generator_loss(model, teacher, critic, batch, config):
-    """-> {term: weighted loss}, the student's picture (B, 3, H, W) with its graph, and what the discriminator
-    may know (B, C) or None."""
+def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
+    """c = (c_text, c_img, timestep), the same for the real and the generated image -> (B, C) or None.
+
+    c_img is the backbone's embedding of the real image (the paper: DINOv2 ViT-L). Where the student has seen
+    nothing of it (hide_image, (B,)), c_img is zero, for both images: otherwise its presence would give the
+    answer away. The timestep is a one-hot code: a discriminator without it rates the mixture of all student
+    steps, and one step stays blurred while four become too sharp."""
+    cond_parts = []
+    if config.disc_conditioning in ("text+image", "text"):
+        cond_parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
+    if config.disc_conditioning in ("text+image", "image"):
+        cond_parts.append(disc.backbone.global_embedding(batch.image) * ~hide_image[:, None])
+    if config.disc_time_conditioning:
+        onehot_scale = cond_parts[0].shape[1] ** .5 if cond_parts else 1.  # as long as the other parts
+        cond_parts.append(onehot_scale * F.one_hot(step_index, config.student_steps))
+    return torch.cat(cond_parts, 1) if cond_parts else None
+
+
+def augment_image(image, config):
+    """Augment (B, 3, H, W) for the discriminator, with new random numbers in every call."""
+    aug_params = discriminator.sample_aug_params(len(image), image.device)
+    return discriminator.augment(image, aug_params, config.augment_strength, config.instance_noise)
+
+
+def generator_loss(model, teacher, disc, batch, config):
+    """-> {"adv": loss, "distill": loss}, weighted; and DiscriminatorInputs, whose `fake` has its graph."""
     with torch.no_grad():
         x0 = model.encode(batch.image)
-        cond = model.condition(batch.caption, batch.frame)
-    x0_hat, stop, blind = leap(model, x0, cond, config)
-    picture, terms = model.decode(x0_hat), {}
-    fake = discriminator.visible(picture)
-    known = knowledge(critic, batch, cond, stop, blind, config)
+        cond = model.encode_prompts(batch.caption, batch.micro_cond)
+    x0_hat, step_index, hide_image = student_prediction(model, x0, cond, config)
+    image = model.decode(x0_hat)                                       # (B, 3, H, W)
+    fake = discriminator.clamp_straight_through(image)
+    disc_cond = discriminator_condition(disc, batch, cond, step_index, hide_image, config)
+    losses_dict = {}
     if config.lambda_adv:
-        adv = losses.hinge_generator(critic(None, augmented(fake, config), known))            # ADD eq. 2
-        terms["adv"] = config.lambda_adv * adv
+        logits_fake = disc(None, augment_image(fake, config), disc_cond)
+        losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(logits_fake)  # ADD eq. 2
     if config.lambda_distill:
-        target, weight = advice(teacher, x0_hat.detach(), cond, config)
-        ours, theirs = (picture, teacher.decode(target)) if config.space == "pixel" else (x0_hat, target)
-        gap = losses.distance(config.distance, ours, theirs.detach())
-        terms["distill"] = config.lambda_distill * (weight * gap).mean()      # ADD eq. 4
-    return terms, fake, known                                                 # ADD eq. 1: their sum
+        target, weight = distillation_target(teacher, x0_hat.detach(), cond, config)
+        pred = x0_hat
+        if config.distill_space == "pixel":
+            pred = image
+            target = teacher.decode(target)
+        dist = losses.distillation_distance(config.distill_loss, pred, target.detach())
+        losses_dict["distill"] = config.lambda_distill * (weight * dist).mean()  # ADD eq. 4
+    return losses_dict, DiscriminatorInputs(batch.image, fake, disc_cond)  # ADD eq. 1: the sum of both
 
 
-def discriminator_loss(critic, batch, fake, known, config):
-    """-> {term: loss}, logits on real, logits on fake. Both pictures share their c, augmented apart; if
-    `relative`, the question is which of the two is real (Jolicoeur-Martineau 2018), a logit is its lead."""
-    maps = critic.features(augmented(batch.image, config))
-    real, made = critic.score(maps, known), critic(None, augmented(fake.detach(), config), known)
-    if config.relative:
-        real, made = [r - m for r, m in zip(real, made)], [m - r for r, m in zip(real, made)]
-    terms = {"D": losses.hinge_real(real) + losses.hinge_fake(made)}          # ADD eq. 3, the hinges
-    if config.gamma and config.share_r1:
-        few = slice(math.ceil(config.share_r1 * len(fake)))                   # the batch is in no order
-        maps = [f[few].detach().requires_grad_() for f in maps]
-        logits = critic.score(maps, None if known is None else known[few])
-        terms["R1"] = config.gamma * losses.r1(logits, maps)                  # ADD eq. 3, R1
-    return terms, real, made
+def discriminator_loss(disc, inputs, config):
+    """-> {"d": loss, "r1": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs. Both images share
+    their conditioning. relativistic: each logit is the difference to the other image's."""
+    features = disc.backbone(augment_image(inputs.real, config))       # one (B, D, h, w) per layer
+    logits_real = disc.logits(features, inputs.cond)
+    logits_fake = disc(None, augment_image(inputs.fake.detach(), config), inputs.cond)
+    if config.relativistic:
+        differences = [d_real - d_fake for d_real, d_fake in zip(logits_real, logits_fake)]
+        logits_real = differences
+        logits_fake = [-d for d in differences]
+    hinge = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)
+    losses_dict = {"d": hinge}                                         # ADD eq. 3, the hinge losses
+    if config.r1_gamma and config.r1_batch_fraction:
+        num_r1 = math.ceil(config.r1_batch_fraction * len(inputs.real))
+        features = [f[:num_r1].detach().requires_grad_() for f in features]
+        r1_cond = None if inputs.cond is None else inputs.cond[:num_r1]
+        penalty = losses.r1_penalty(disc.logits(features, r1_cond), features)
+        losses_dict["r1"] = config.r1_gamma * penalty                  # ADD eq. 3, R1
+    return losses_dict, logits_real, logits_fake

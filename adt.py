@@ -1,14 +1,14 @@
-"""ADT, Adversarial Diffusion Tuning (Shen et al. 2025, arXiv 2504.11423): practise the way you will perform.
+"""ADT, Adversarial Diffusion Tuning (Shen et al. 2025, arXiv 2504.11423): fine-tune a multi-step model.
 
-A diffusion model is trained on noised true pictures but used on its own half-finished ones. ADT closes the
-gap: start from a noised real picture (the paper) or from pure noise (our default in the small world), let the
-sampler finish the job, and have a siamese discriminator compare the result with the real picture. The old
-diffusion loss stays, so that the discriminator cannot be hacked; gradients stay small and cheap because they
-flow along the path, never through the network's inputs.
+A diffusion model is trained on noised real images, but at inference it denoises its own outputs. ADT runs the
+real inference path in training: noise a real image to a timestep of the path, run the sampler from there to
+x0_hat, and let a discriminator compare x0_hat with the real image x0. The diffusion loss is kept. Gradients
+flow through K steps of the path and never through the network's inputs (sampler.rollout).
 
-    L_G = L_diff + lambda_adv * ( -D(x_0, x0_hat) )    L_D = relu(1 - D(x_0, x_0')) + relu(1 + D(x_0, x0_hat))
+    L_G = L_diffusion + lambda_adv (-D(x0, x0_hat))     L_D = relu(1 - D(x0, x0')) + relu(1 + D(x0, x0_hat))
 
-Same three names as add.py: Config, generator_loss, discriminator_loss.                Read next: train.py"""
+The same three names as in add.py: Config, generator_loss, discriminator_loss. Read next: train.py
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,139 +18,156 @@ import torch
 import discriminator
 import losses
 import sampler
+from discriminator import DiscriminatorInputs
+from utils import config as settings
 
 
-@dataclass
-class Config:
-    """Each field carries its provenance: paper (abstract), secondary (summaries, related work), ours."""
-    has_teacher = False                                      # it learns from pictures alone
-    # the path
-    path_steps: Annotated[int, "ours: steps of the sampler that training runs"] = 10
-    train_steps: Annotated[int, "ours: K, how many executed steps keep their graph"] = 2
-    pick: Annotated[Literal["even", "last", "random", "all"], "secondary: which ones"] = "even"
-    start: Annotated[Literal["image", "text"], "ours: noise, or noised real pictures (paper)"] = "text"
-    starts: Annotated[int, "secondary: 0, an image starts at any step; ours: of so many noisiest"] = 0
-    guidance: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
-    leak: Annotated[float, "secondary: gradient let through the network's input, 0 = none"] = 0.0
-    checkpoint: Annotated[bool, "ours: recompute calls, one graph of memory; slower"] = False
-    # the losses
-    variant: Annotated[Literal["similarity", "twin", "difference", "relative", "projected"],
-                       "ours: which discriminator"] = "relative"
-    pool: Annotated[Literal["tokens", "score", "mean", "all"], "ours: what is judged: see Siamese"] = "tokens"
-    geometry: Annotated[Literal["shared", "apart"], "ours: one geometric draw per pair, or two"] = "shared"
-    features: Annotated[Literal["vit", "cnn", "random"], "secondary: frozen eyes, DINOv2's place"] = "vit"
-    whiten: Annotated[bool, "ours: features of equal variance in all directions"] = True
-    augment: Annotated[float, "ours: strength of the differentiable augmentation"] = 0.1
-    instance_noise: Annotated[float, "ours: noise on whatever the discriminator sees"] = 0.05
-    real: Annotated[Literal["photo", "decoded"], "ours: x_0 or decode(encode(x_0))"] = "photo"
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 is plain diffusion"] = 0.2
+@dataclass(kw_only=True)
+class Config(settings.DiscriminatorConfig, settings.TrainConfig):
+    """Settings of ADT. Provenance: paper (abstract), secondary (summaries, related work), ours."""
+
+    has_teacher = False
+    # the first ones to change
+    discriminator: Annotated[Literal["similarity", "asymmetric", "difference", "relativistic", "projected"],
+                             "ours: type of discriminator; the paper says siamese"] = "relativistic"
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 = diffusion loss only"] = 0.2
+    rollout_start: Annotated[Literal["image", "noise"],
+                             "ours: a noised real image (paper) or pure noise"] = "noise"
+    num_inference_steps: Annotated[int, "ours: sampler steps of the path"] = 10
+    num_grad_steps: Annotated[int, "ours: K, how many of the executed steps keep their graph"] = 2
+    # the rest
+    grad_step_selection: Annotated[Literal["strided", "last", "random", "all"],
+                                   "secondary: which K steps"] = "strided"
+    guidance_scale: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
+    input_grad_scale: Annotated[float, "secondary: gradient through the network's input, 0 = none"] = 0.0
+    checkpoint_rollout: Annotated[bool, "ours: recompute the path's calls in the backward pass"] = False
+    real_images: Annotated[Literal["original", "vae_reconstruction"],
+                           "ours: what D takes as real, x0 or decode(encode(x0))"] = "original"
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
-    drop_caption: Annotated[float, "ours: share of empty captions in the diffusion loss"] = 0.1
-    times: Annotated[Literal["uniform", "lognormal"], "ours: how the diffusion loss draws t"] = "uniform"
-    # the generator and the optimisers
-    init: Annotated[Literal["base", "random"], "paper: tuning starts from a trained model"] = "base"
-    batch: Annotated[int, "ours: pictures per micro-batch"] = 32
-    accumulate: Annotated[int, "ours: micro-batches per step"] = 1
-    lr: Annotated[float, "ours: AdamW, generator"] = 1e-4
-    beta1: Annotated[float, "ours: AdamW, generator"] = 0.0  # momentum makes the game circle
-    lr_d: Annotated[float, "ours: AdamW, discriminator"] = 5e-3
-    beta1_d: Annotated[float, "secondary: no momentum in the discriminator"] = 0.0
-    clip: Annotated[float, "ours: largest gradient norm, generator; 0 = no limit"] = 1.0
-    clip_d: Annotated[float, "secondary: largest gradient norm, discriminator"] = 1.0
-    steps_d: Annotated[int, "ours: steps of the discriminator per step of the generator"] = 1
-    ema: Annotated[float, "ours: decay of the averaged generator, the one that is kept"] = 0.99
-    warmup_d: Annotated[int, "ours: first steps, of the adversary alone; a quarter of the run at most"] = 60
+    caption_dropout: Annotated[float, "ours: fraction of empty captions in the diffusion loss"] = 0.1
+    timestep_sampling: Annotated[Literal["uniform", "logit_normal"],
+                                 "ours: timesteps of the diffusion loss"] = "uniform"
+    warmup_steps_d: Annotated[int, "ours: first steps train D only; a quarter of the run at most"] = 60
 
     def __post_init__(self):
-        for name in ("batch", "accumulate", "path_steps", "train_steps", "steps_d"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is 1 or more")
-        for name in ("ema", "beta1", "beta1_d", "leak", "drop_caption", "augment"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is a share, 0 to 1")
-        if self.ema == 1:
-            raise ValueError("ema is below 1: an average that never moves learns nothing")
+        settings.check_shared(self)
+        settings.require_positive(self, "num_inference_steps", "num_grad_steps")
+        settings.require_fraction(self, "input_grad_scale", "caption_dropout")
         if self.lambda_adv == self.lambda_diff == 0:
-            raise ValueError("lambda_adv and lambda_diff are both 0: nothing is left to learn from")
-        if self.lambda_adv == 0:
-            self.warmup_d = 0                                # there is no adversary to wait for
+            raise ValueError("lambda_adv and lambda_diff are both 0: there is no loss left")
 
-    def path(self, T):
-        """The times that training runs on a schedule of T."""
-        return sampler.timeline(T, self.path_steps)
+    def timesteps(self, T):
+        """Timesteps of the inference path that training runs -> (num_inference_steps,)."""
+        return sampler.make_timesteps(T, self.num_inference_steps)
 
-    def rows(self):
-        """Who is measured at the end of a run: (name, steps, sampler settings)."""
-        return [(who, self.path_steps, {"guidance": self.guidance}) for who in ("before", "after")]
+    def eval_sampling_configs(self):
+        """What is measured after training: (before or after, number of steps, sampling settings)."""
+        return [(label, self.num_inference_steps, {"guidance_scale": self.guidance_scale})
+                for label in ("before", "after")]
 
-    def critic(self, features, text_width):
-        if self.variant in ("projected", "relative"):
-            return discriminator.Projected(features, text_width, self.variant == "relative")
-        return discriminator.Siamese(features, self.variant, self.pool)
+    def check_model(self, model, is_sharded):
+        """ValueError if the model cannot be trained with these settings."""
+        self.timesteps(model.T)
 
+    def extra_prompts(self):
+        """Prompts that training needs besides the captions."""
+        return [""]
 
-# What large models want otherwise, and where it is from: CoMat, by some of the same authors, has numbers for
-# SD 1.5 and XL. A decoder's traces are no fault of the generator's: real pictures wear them, too.
-COMAT = dict(path_steps=50, train_steps=5, guidance=7.5, clip=.1, beta1=.9)
-LATENT = dict(COMAT, start="image", variant="similarity", real="decoded", batch=4, steps_d=1, augment=1.,
-              instance_noise=0., checkpoint=True, warmup_d=100, ema=.999)
-PRESETS = {"sd15": dict(LATENT, lr=5e-5, lr_d=2e-5), "sdxl": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1),
-           "sd3": dict(LATENT, lr=2e-5, lr_d=5e-5, batch=1, path_steps=28, times="lognormal"),
-           "diffusion": dict(beta1=.9)}                      # ours: alone, the diffusion loss plays no game
-KNOWN = {"start": "paper", "variant": "secondary", **dict.fromkeys([*COMAT, "lr", "lr_d"], "secondary")}
-SOURCES = {"sd15": {**KNOWN, "batch": "secondary"}, "sdxl": KNOWN,            # all else is ours
-           "sd3": {k: v for k, v in KNOWN.items() if k not in ("path_steps", "lr", "lr_d")}}
+    def build_discriminator(self, backbone, text_dim):
+        """backbone: FrozenBackbone; text_dim: length of the captions' pooled embeddings."""
+        if self.discriminator in ("projected", "relativistic"):
+            is_relativistic = self.discriminator == "relativistic"
+            return discriminator.ProjectedDiscriminator(backbone, text_dim, is_relativistic)
+        return discriminator.SiameseDiscriminator(backbone, self.discriminator)
 
 
-def simulate(model, x0, cond, uncond, config, luck=None):
-    """Image-to-image inference: noise x_0 (B, C, h, w) to a uniformly drawn step of the path, run the sampler
-    from there. One draw for the whole batch (luck). -> x0_hat (B, C, h, w), with the constrained gradient."""
-    times = config.path(model.T)
-    most = min(config.starts or config.path_steps, config.path_steps)
-    first = int(torch.randint(most, (), generator=luck)) if config.start == "image" else 0
-    times = times[first:]                                    # ADT start: t_s uniform over the path
+# Presets of large models. CoMat (partly the same authors) publishes numbers for SD 1.5 and SDXL. Real images
+# are VAE reconstructions, since D could otherwise recognise the decoder instead of the generator.
+COMAT_SETTINGS = dict(num_inference_steps=50, num_grad_steps=5, guidance_scale=7.5, max_grad_norm=.1,
+                      beta1=.9)
+LATENT_DEFAULTS = dict(COMAT_SETTINGS, rollout_start="image", discriminator="similarity", batch_size=4,
+                       real_images="vae_reconstruction", augment_strength=1., instance_noise=0.,
+                       checkpoint_rollout=True, warmup_steps_d=100, ema_decay=.999)
+PRESETS = {
+    "sd15": dict(LATENT_DEFAULTS, lr=5e-5, lr_d=2e-5),
+    "sdxl": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1),
+    "sd3": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1, num_inference_steps=28,
+                timestep_sampling="logit_normal"),
+    "diffusion": dict(beta1=.9),       # the method: without an adversarial loss momentum does no harm
+}
+PRESET_SOURCES_COMMON = {"rollout_start": "paper", "discriminator": "secondary",
+                         **dict.fromkeys([*COMAT_SETTINGS, "lr", "lr_d"], "secondary")}
+PRESET_SOURCES = {
+    "sd15": {**PRESET_SOURCES_COMMON, "batch_size": "secondary"},
+    "sdxl": PRESET_SOURCES_COMMON,
+    "sd3": {name: source for name, source in PRESET_SOURCES_COMMON.items()
+            if name not in ("num_inference_steps", "lr", "lr_d")},
+}
+
+
+def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
+    """Simulate inference: noise x0 (B, C, h, w) to a timestep drawn uniformly from the path, or start from
+    noise, and run the sampler to the end -> x0_hat (B, C, h, w), with the truncated gradient.
+
+    generator: draws the start and the K steps. It is the same for all micro-batches, so one start holds for
+    the whole batch and every process calls the network equally often."""
+    timesteps = config.timesteps(model.T)
+    if config.rollout_start == "image":
+        start_index = int(torch.randint(len(timesteps), (), generator=generator))
+        timesteps = timesteps[start_index:]                            # ADT start: t_s uniform over the path
     eps = torch.randn_like(x0)
-    x = eps if config.start == "text" else model.add_noise(x0, times[:1].to(x0.device), eps)
-    chosen = sampler.pick_steps(len(times), config.train_steps, config.pick, luck)
-    return sampler.rollout(model, x, times, cond, uncond, config.guidance, chosen, config.leak,
-                           config.checkpoint)
+    x = eps
+    if config.rollout_start == "image":
+        x = model.add_noise(x0, timesteps[:1].to(x0.device), eps)
+    grad_steps = sampler.select_grad_steps(len(timesteps), config.num_grad_steps, config.grad_step_selection,
+                                           generator)
+    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale, grad_steps,
+                           config.input_grad_scale, config.checkpoint_rollout)
 
 
-def pair(real, other, config):
-    """Two pictures (B, 3, H, W), augmented: colours and noise always apart, geometry shared or apart."""
-    draw = discriminator.geometry(len(real), real.device)
-    second = draw if config.geometry == "shared" else discriminator.geometry(len(real), real.device)
-    return (discriminator.augment(real, draw, config.augment, config.instance_noise),
-            discriminator.augment(other, second, config.augment, config.instance_noise))
+def augment_pair(real, fake, config):
+    """Augment two images (B, 3, H, W): the same translation and cutout, independent colours and noise. With
+    equal colours D could rate "identical pixels"; with unequal geometry the tokens would not correspond."""
+    aug_params = discriminator.sample_aug_params(len(real), real.device)
+    return tuple(discriminator.augment(image, aug_params, config.augment_strength, config.instance_noise)
+                 for image in (real, fake))
 
 
-def generator_loss(model, teacher, critic, batch, config):
-    """-> {term: weighted loss}, the generated picture (B, 3, H, W) with its graph, and the captions' vectors
-    (B, P); None for both without an adversary. The teacher is ADD's; ADT learns from pictures alone."""
-    keep = torch.rand(len(batch.caption)) >= config.drop_caption
-    with torch.no_grad():                                    # encoders are frozen; only the network learns
+def generator_loss(model, teacher, disc, batch, config):
+    """-> {"diffusion": loss, "adv": loss}, weighted; and DiscriminatorInputs, whose `fake` has its graph, or
+    None without adversarial loss. teacher: not used, ADD has one."""
+    keep_mask = torch.rand(len(batch.caption)) >= config.caption_dropout
+    with torch.no_grad():                                              # VAE and text encoders are frozen
         x0 = model.encode(batch.image)
-        dropped = model.condition([c if k else "" for c, k in zip(batch.caption, keep)], batch.frame)
-    t = losses.sample_times(len(x0), model.T, config.times).to(x0.device)
-    diff = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), dropped)
+        captions = [c if keep else "" for c, keep in zip(batch.caption, keep_mask)]
+        cond_dropped = model.encode_prompts(captions, batch.micro_cond)
+    t = losses.sample_timesteps(len(x0), model.T, config.timestep_sampling).to(x0.device)
+    diffusion = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), cond_dropped)
     if config.lambda_adv == 0:
-        return {"diff": config.lambda_diff * diff}, None, None
+        return {"diffusion": config.lambda_diff * diffusion}, None
+
     with torch.no_grad():
-        cond, uncond = model.condition(batch.caption, batch.frame), model.condition([""])
-        if config.real == "decoded":
-            batch.image = discriminator.visible(model.decode(x0))             # from here on, in both halves
-    x0_hat = simulate(model, x0, cond, uncond, config, batch.luck)
-    fake = discriminator.visible(model.decode(x0_hat))                                       # with gradient
-    adv = losses.hinge_generator(critic(*pair(batch.image, fake, config), cond["pooled"]))
-    terms = {"diff": config.lambda_diff * diff, "adv": config.lambda_adv * adv}         # ADT L_G: their sum
-    return terms, fake, cond["pooled"]
+        cond = model.encode_prompts(batch.caption, batch.micro_cond)
+        uncond = model.encode_prompts([""])
+        real = batch.image
+        if config.real_images == "vae_reconstruction":
+            real = discriminator.clamp_straight_through(model.decode(x0))
+    x0_hat = rollout_from_batch(model, x0, cond, uncond, config, batch.generator)
+    fake = discriminator.clamp_straight_through(model.decode(x0_hat))  # (B, 3, H, W), with its graph
+    adv = losses.hinge_generator(disc(*augment_pair(real, fake, config), cond["pooled"]))
+    losses_dict = {"diffusion": config.lambda_diff * diffusion,
+                   "adv": config.lambda_adv * adv}                     # ADT L_G: their sum
+    return losses_dict, DiscriminatorInputs(real, fake, cond["pooled"])
 
 
-def discriminator_loss(critic, batch, fake, known, config):
-    """-> {term: loss}, logits on real, logits on fake. The real pair is one picture twice, augmented apart;
-    the fake pair holds the real picture and what the model made of it. With `relative` the two views of the
-    real pair could change places, so its hinge cannot fall below 1 (Jensen): it only keeps the verdicts on
-    them alike, and what teaches is the fake pair, a relativistic comparison (Jolicoeur-Martineau 2018)."""
-    real = critic(*pair(batch.image, batch.image, config), known)               # D(x_0, x_0')
-    made = critic(*pair(batch.image, fake.detach(), config), known)             # D(x_0, sg[x0_hat])
-    return {"D": losses.hinge_real(real) + losses.hinge_fake(made)}, real, made         # ADT L_D
+def discriminator_loss(disc, inputs, config):
+    """-> {"d": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs.
+
+    The real pair is the real image twice, augmented independently; the fake pair is the real image and the
+    generated one. With a relativistic discriminator the members of the real pair are exchangeable, so its
+    hinge has a mean of at least 1 (Jensen) and only keeps their logits equal; D learns from the fake pair."""
+    real, fake = inputs.real, inputs.fake.detach()
+    logits_real = disc(*augment_pair(real, real, config), inputs.cond)  # D(x0, x0')
+    logits_fake = disc(*augment_pair(real, fake, config), inputs.cond)  # D(x0, sg[x0_hat])
+    loss = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)  # ADT L_D
+    return {"d": loss}, logits_real, logits_fake

@@ -1,19 +1,25 @@
-"""Where pictures and captions come from: glyphs (drawn on the fly), fashion (photographs), your own folder.
+"""Images with captions: glyphs (rendered on the fly), Fashion-MNIST, or a folder of your own.
 
-A source has `attributes`, `words`, `sizes` and `batch(n, generator, split)`; a batch is pictures in
-[-1, 1] and the English sentences that describe them. Glyphs are the default world: 32x32 colour pictures of
-letters, digits and pictograms from the fonts matplotlib carries, so nothing is downloaded and the supply
-never ends. Captions forget attributes at random, as real captions do. Every shape has one ink colour it is
-never seen in during training: those (shape, ink) pairs are the `held_out` compositions.
+A dataset has `attributes` (name -> classes), `vocab` (words of its captions), `split_sizes` and
+sample_batch(n, generator, split) -> Batch with images in [-1, 1]. Glyphs are the default: 32x32 colour images
+of letters, digits and pictograms in the fonts that matplotlib ships, so nothing is downloaded and there is no
+last image. Captions omit attributes at random, as real captions do. Every shape has one foreground colour
+that it never has in the training split; these (shape, foreground) pairs are the split `held_out`.
 
-Look at them:  python data.py --show glyphs          Read next: models.py"""
+Look at them:  python data.py --preview glyphs          Read next: models/tiny.py
+"""
+
+import signal
+import sys
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import argparse
-import csv
 import gzip
 import hashlib
-import json
-import os
+import http.client
+import textwrap
 import unicodedata
 import urllib.request
 import zlib
@@ -26,438 +32,415 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-SIZE = 32                                                    # pixels, both sides, of every embedded data set
-KINDS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"          # no PostScript: it is a program
-KEEP = 2 ** 30                                               # bytes of pictures that a folder keeps in memory
+from utils import image_folder
+from utils.checkpoint import atomic_write, cache_dir
+from utils.image_folder import print_message, printable
+
+DEFAULT_RESOLUTION = 32       # height and width in pixels of glyphs and Fashion-MNIST
+CACHE_BYTES = 2 ** 30         # a folder's images are kept in memory if they are smaller than this
 
 
 @dataclass
 class Batch:
-    """image (B, 3, H, W) in [-1, 1] · caption: B strings · truth (B, A) class per attribute, -1 where it has
-    none · named (B, A) bool: the caption says so. Only named attributes can be asked of a model.
-    frame (B, 4): height and width a photograph once had, what was cut off above and left of it; or None.
-    luck: for what all micro-batches of a step draw alike, a path's length; None draws from torch's own."""
-    image: torch.Tensor
-    caption: list
-    truth: torch.Tensor
-    named: torch.Tensor
-    frame: torch.Tensor | None = None
-    luck: torch.Generator | None = None
+    """Images and all that is known about them."""
+    image: torch.Tensor                         # (B, 3, H, W) in [-1, 1]
+    caption: list                               # B strings
+    attributes: torch.Tensor                    # (B, A) class of each attribute, -1 where an image has none
+    mentioned: torch.Tensor                     # (B, A) bool: the caption states the attribute
+    # (B, 4): height and width of the original image in pixels, then rows and columns of the resized image
+    # that were cut off above and on the left
+    micro_cond: torch.Tensor | None = None
+    # for draws that all micro-batches of a step share; None: torch's global generator
+    generator: torch.Generator | None = None
 
     def __getitem__(self, rows):
-        return Batch(self.image[rows], self.caption[rows], self.truth[rows], self.named[rows],
-                     None if self.frame is None else self.frame[rows], self.luck)
+        """rows: a slice."""
+        micro_cond = None if self.micro_cond is None else self.micro_cond[rows]
+        return Batch(self.image[rows], self.caption[rows], self.attributes[rows], self.mentioned[rows],
+                     micro_cond, self.generator)
 
-    def to(self, device, size=None):
-        """On a device, and at the size of the model's pictures: the embedded ones have 32 pixels."""
+    def to(self, device, resolution=None):
+        """The images on a device, resized to the model's resolution (bicubic) if they have another."""
         image = self.image.to(device)
-        if size and size != image.shape[-1]:
-            image = F.interpolate(image, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        return Batch(image, self.caption, self.truth, self.named, self.frame, self.luck)
+        if resolution and resolution != image.shape[-1]:
+            image = F.interpolate(image, (resolution, resolution), mode="bicubic", antialias=True)
+            image = image.clamp(-1, 1)
+        return Batch(image, self.caption, self.attributes, self.mentioned, self.micro_cond, self.generator)
 
 
-# ------------------------------------------------------------------------------------------------ glyphs
+# ----------------------------------------------------------------------------------------------------- glyphs
 
 COLOURS = {"black": (.04, .04, .06), "white": (.97, .97, .95), "red": (.86, .10, .12),
            "orange": (.98, .55, .08), "yellow": (.99, .88, .20), "green": (.08, .58, .22),
            "blue": (.10, .30, .86), "purple": (.55, .14, .66)}
-FAMILIES = {  # family -> the four styles: regular, bold, italic, bold italic
+FONT_FAMILIES = {  # family -> the fonts of its four styles: regular, bold, italic, bold italic
     "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique"),
     "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
     "roman": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
-    "typewriter": ("cmtt10",)}                              # Computer Modern has one cut of it
+    "typewriter": ("cmtt10",)}    # matplotlib has only the regular style of Computer Modern typewriter
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 PICTOGRAMS = (
     "☀☁☂☃☄★☆☇☈☎☐☑☒☔☕☘☚☜☝☞☟☠☢☣☤☥☦☧☨☩☪☮☯☸☹☺☻☽☾♀♂♃♄♅♆♇♈♉♊♋♌♍♎♏♐♑♒♓♔♕♖♗♘♙♚♛♜♝♞♟♠♡♢♣♤♥♦♧♨♩♪♫♬♭♮♯"
     "♲♿⚀⚁⚂⚃⚄⚅⚐⚑⚒⚓⚔⚖⚗⚘⚙⚛⚜⚠⚡⚱⛀⛁⛂⛃✂✆✇✈✉✌✍✏✒✓✗✙✚✠✡✦✧✪✯✱✶✹✿❀❄❅❇❖❢❣❦❧←↑→↓↔↕↖↗↘↙↰↱↲↳↺↻⇄⇅⇐⇑⇒⇓⇦⇧⇨⇩"
     "■□▣▦▲△▶▷▼▽◀◁◈◉○●◐◑◒◓◢◣◤◥◫◬⌂⌘⌨⏏⬟⬡⬢😀😇😈😉😎😐😗😠😢😮😴😷😸🙀")
-PLAIN = {"black": "solid", "white": "hollow", "heavy": "thick"}      # Unicode's colours are not ours
-DROP = {"sign", "symbol", "suit", "universal", "fill"}
+# Unicode calls outlined symbols white and filled ones black; in captions these words would mean colours
+PLAIN_WORDS = {"black": "solid", "white": "hollow", "heavy": "thick"}
+STOPWORDS = {"sign", "symbol", "suit", "universal", "fill"}
 
 
 def shape_name(character):
-    """How a caption calls it: 'letter g', 'capital letter g', 'digit seven', 'hollow chess knight'."""
+    """The name in a caption: 'letter g', 'capital letter g', 'digit seven', 'hollow chess knight'."""
     words = unicodedata.name(character).lower().replace("-", " ").split()
     if character.isascii():
         return {"small": "letter ", "capital": "capital letter "}.get(words[1], "digit ") + words[-1]
-    return " ".join(PLAIN.get(w, w) for w in words if w not in DROP)
+    return " ".join(PLAIN_WORDS.get(word, word) for word in words if word not in STOPWORDS)
 
 
-def mask(font, character, px=64):
-    """The glyph as a (px, px) coverage mask in [0, 1]. Letters keep their font size, so 'c' is not 'C';
-    pictograms are scaled to fill. Drawn four times too large, then averaged: that is the anti-aliasing."""
+def glyph_mask(font, character, px=64):
+    """The coverage of a glyph, (px, px) in [0, 1]. Letters keep their font size, so 'c' differs from 'C';
+    pictograms fill the image. For anti-aliasing the glyph is rendered four times too large and averaged."""
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font, LoadFlags
-    face = FT2Font(f"{get_data_path()}/fonts/ttf/{font}.ttf")
-    face.set_size(4 * px * (.80 if character.isascii() else 1.1), 72)
-    face.set_text(character, 0, flags=LoadFlags.NO_HINTING)
-    face.draw_glyphs_to_bitmap(antialiased=True)
-    ink = np.asarray(face.get_image(), dtype=np.float32) / 255
-    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
-    ink = torch.from_numpy(ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])[None, None]
-    fill = 3.1 * px / max(ink.shape[-2:])
-    scale = min(1., fill) if character.isascii() else fill
-    ink = F.interpolate(ink, scale_factor=scale, mode="bilinear", antialias=True)
-    top, left = (4 * px - ink.shape[-2]) // 2, (4 * px - ink.shape[-1]) // 2
-    canvas = F.pad(ink, (left, 4 * px - left - ink.shape[-1], top, 4 * px - top - ink.shape[-2]))
-    return F.avg_pool2d(canvas, 4)[0, 0].clamp(0, 1)         # (px, px)
+    font_face = FT2Font(f"{get_data_path()}/fonts/ttf/{font}.ttf")
+    font_face.set_size(4 * px * (.80 if character.isascii() else 1.1), 72)
+    font_face.set_text(character, 0, flags=LoadFlags.NO_HINTING)
+    font_face.draw_glyphs_to_bitmap(antialiased=True)
+    coverage = np.asarray(font_face.get_image(), dtype=np.float32) / 255
+    rows = np.flatnonzero(coverage.any(1))
+    columns = np.flatnonzero(coverage.any(0))
+    coverage = torch.from_numpy(coverage[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])[None, None]
+    fill_scale = 3.1 * px / max(coverage.shape[-2:])
+    scale = min(1., fill_scale) if character.isascii() else fill_scale
+    coverage = F.interpolate(coverage, scale_factor=scale, mode="bilinear", antialias=True)
+    height, width = coverage.shape[-2:]
+    top = (4 * px - height) // 2
+    left = (4 * px - width) // 2
+    canvas = F.pad(coverage, (left, 4 * px - left - width, top, 4 * px - top - height))
+    return F.avg_pool2d(canvas, 4)[0, 0].clamp(0, 1)    # (px, px)
 
 
 class Glyphs:
-    """Endless captioned pictures with exactly known attributes; held out are (shape, ink) compositions."""
+    """Captioned images without end, whose attributes are known exactly."""
     name = "glyphs"
-    sizes = {"train": None, "test": None, "held_out": None}                   # endless
-    closed = False
+    fingerprint = "glyphs"
+    split_sizes = {"train": None, "test": None, "held_out": None}    # None: no last image
+    has_fixed_captions = False    # all_captions is not a list of every caption, but contains every word
 
     def __init__(self):
         characters = LETTERS + PICTOGRAMS
         self.shapes = [shape_name(c) for c in characters]
-        self.attributes = {"shape": self.shapes, "ink": list(COLOURS), "ground": list(COLOURS),
-                           "family": list(FAMILIES), "weight": ["regular", "bold"],
+        self.attributes = {"shape": self.shapes, "foreground": list(COLOURS), "background": list(COLOURS),
+                           "family": list(FONT_FAMILIES), "weight": ["regular", "bold"],
                            "slant": ["upright", "italic"]}
-        self.masks, self.variants = [], []             # variant: (shape, family, bold, italic), -1 = has none
+        font_cuts = [(family, i % 2, i // 2, font) for family, fonts in enumerate(FONT_FAMILIES.values())
+                     for i, font in enumerate(fonts)]    # (family, is bold, is italic, font)
+        masks, variants = [], []
         for shape, c in enumerate(characters):
-            cuts = [(f, i % 2, i // 2, font) for f, fonts in enumerate(FAMILIES.values())
-                    for i, font in enumerate(fonts)]
-            for *cut, font in cuts if c.isascii() else [(-1, -1, -1, "DejaVuSans")]:
-                self.variants.append((shape, *cut))
-                self.masks.append(mask(font, c))
-        self.masks = (torch.stack(self.masks) * 255).round().byte()           # (V, 64, 64)
-        self.variants = torch.tensor(self.variants)                           # (V, 4)
-        self.palette = torch.tensor(list(COLOURS.values()))                   # (8, 3)
-        per_shape = torch.bincount(self.variants[:, 0])[self.variants[:, 0]].float()
-        self.weight = (self.variants[:, 1] < 0).float() + (self.variants[:, 1] >= 0) * 2.4 / per_shape
-        captions = self.shapes + list(COLOURS) + list(FAMILIES) + ["a an on background bold italic"]
-        self.words = sorted({w for text in captions for w in text.split()})
-        self.phrases = self.words                            # captions that between them say everything
+            for *cut, font in font_cuts if c.isascii() else [(-1, -1, -1, "DejaVuSans")]:
+                variants.append((shape, *cut))
+                masks.append(glyph_mask(font, c))
+        self.masks = (torch.stack(masks) * 255).round().byte()    # (V, 64, 64)
+        self.variants = torch.tensor(variants)    # (V, 4): shape, family, bold, italic; -1: none
+        self.palette = torch.tensor(list(COLOURS.values()))       # (8, 3)
+        # a letter is 2.4 times as likely as a pictogram, whatever the number of its fonts
+        num_variants = torch.bincount(self.variants[:, 0])[self.variants[:, 0]].float()
+        is_pictogram = self.variants[:, 1] < 0
+        self.sampling_weights = is_pictogram.float() + ~is_pictogram * 2.4 / num_variants    # (V,)
+        all_words = [*self.shapes, *COLOURS, *FONT_FAMILIES, "a an on background bold italic"]
+        self.vocab = sorted({word for text in all_words for word in text.split()})
+        self.all_captions = self.vocab
 
-    def batch(self, n, generator=None, split="train"):
-        """n fresh pictures. 'train' and 'test' share compositions, never pictures; 'held_out' has others."""
-        check_split(split, self.sizes)
-        variant = torch.multinomial(self.weight, n, replacement=True, generator=generator)
+    def sample_batch(self, n, generator=None, split="train"):
+        """n new images. 'train' and 'test' have the same (shape, foreground) pairs, 'held_out' the others."""
+        check_split(split, self.split_sizes)
+        variant = torch.multinomial(self.sampling_weights, n, replacement=True, generator=generator)
         shape, family, bold, italic = self.variants[variant].T
-        forbidden = -shape % 8                               # the one ink this shape never wears in training
-        step = torch.randint(1, 8, (n,), generator=generator)
-        ink = forbidden if split == "held_out" else (forbidden + step) % 8
-        ground = (ink + torch.randint(1, 8, (n,), generator=generator)) % 8   # never ink on its own colour
-        truth = torch.stack([shape, ink, ground, family, bold, italic], 1)    # (n, 6)
-        keep = torch.rand(n, 6, generator=generator) < .75                    # captions forget a quarter
+        held_out_foreground = -shape % 8    # the one colour that this shape never has in training
+        offset = torch.randint(1, 8, (n,), generator=generator)
+        foreground = held_out_foreground if split == "held_out" else (held_out_foreground + offset) % 8
+        offset = torch.randint(1, 8, (n,), generator=generator)
+        background = (foreground + offset) % 8    # never the foreground's colour
+        attributes = torch.stack([shape, foreground, background, family, bold, italic], 1)    # (n, 6)
+        keep = torch.rand(n, 6, generator=generator) < .75    # a caption omits a quarter of the attributes
         keep[:, 0] = True
-        keep[:, 1] |= split == "held_out"                    # there the unseen ink must be asked for
-        named = keep & (truth >= 0)
-        named[:, 4:] &= truth[:, 4:] > 0                     # nobody writes 'regular' or 'upright'
-        image = self.draw(variant, ink, ground, generator)
-        return Batch(image, [self.caption(t, k) for t, k in zip(truth.tolist(), named.tolist())],
-                     truth, named)
+        keep[:, 1] |= split == "held_out"    # the unseen combination must be requested
+        mentioned = keep & (attributes >= 0)
+        mentioned[:, 4:] &= attributes[:, 4:] > 0    # captions do not say 'regular' or 'upright'
+        image = self.render(variant, foreground, background, generator)
+        captions = [self.make_caption(*row) for row in zip(attributes.tolist(), mentioned.tolist())]
+        return Batch(image, captions, attributes, mentioned)
 
-    def draw(self, variant, ink, ground, generator=None):
-        """Jitter the masks (shift, turn, scale), average 2x2, paint: (n,) -> (n, 3, 32, 32) in [-1, 1]."""
+    def render(self, variant, foreground, background, generator=None):
+        """Three index tensors (n,) -> images (n, 3, 32, 32) in [-1, 1]: masks moved, rotated and scaled at
+        random, averaged over 2x2 pixels, then coloured."""
         n = len(variant)
         u = torch.rand(n, 4, generator=generator) * 2 - 1
-        angle, scale = u[:, 0] * .09, 1 + u[:, 1] * .07                       # +-5 degrees, +-7 %
-        c, s = angle.cos() / scale, angle.sin() / scale
-        affine = torch.stack([torch.stack([c, -s, u[:, 2] * .11], 1),         # shift: +-1.8 pixels
-                              torch.stack([s, c, u[:, 3] * .11], 1)], 1)      # (n, 2, 3)
+        angle = u[:, 0] * .09    # +-5 degrees
+        scale = 1 + u[:, 1] * .07
+        cos = angle.cos() / scale
+        sin = angle.sin() / scale
+        affine = torch.stack([torch.stack([cos, -sin, u[:, 2] * .11], 1),    # shift by +-1.8 pixels
+                              torch.stack([sin, cos, u[:, 3] * .11], 1)], 1)    # (n, 2, 3)
         grid = F.affine_grid(affine, (n, 1, 64, 64), align_corners=False)
         masks = F.grid_sample(self.masks[variant, None] / 255., grid, align_corners=False)
-        cover = F.avg_pool2d(masks, 2)                                        # (n, 1, 32, 32)
-        wobble = torch.randn(2, n, 3, generator=generator) * .025             # no two reds are the same
-        ink, ground = ((self.palette[i] + w).clamp(0, 1)[:, :, None, None]
-                       for i, w in zip((ink, ground), wobble))
-        return (ink * cover + ground * (1 - cover)) * 2 - 1
+        coverage = F.avg_pool2d(masks, 2)    # (n, 1, 32, 32)
+        color_jitter = torch.randn(2, n, 3, generator=generator) * .025
+        foreground, background = ((self.palette[index] + jitter).clamp(0, 1)[:, :, None, None]
+                                  for index, jitter in zip((foreground, background), color_jitter))
+        return (foreground * coverage + background * (1 - coverage)) * 2 - 1
 
-    def caption(self, truth, named):
-        """'a red bold serif letter g on a yellow background', saying only what `named` allows."""
-        shape, ink, ground, family, bold, italic = truth
-        words = [list(COLOURS)[ink]] * named[1] + ["bold"] * named[4] + ["italic"] * named[5]
-        words += [list(FAMILIES)[family]] * named[3] + [self.shapes[shape]]
-        text = " ".join(words)
-        colour = list(COLOURS)[ground]
-        where = (f" on {colour}" if shape % 2 else f" on {article(colour)} background") * named[2]
-        return article(text) + where
+    def make_caption(self, attributes, mentioned):
+        """Six classes and six bools of one image -> 'a red bold serif letter g on a yellow background', with
+        the mentioned attributes only."""
+        shape, foreground, background, family, bold, italic = attributes
+        colours = list(COLOURS)
+        words = []
+        if mentioned[1]:
+            words.append(colours[foreground])
+        if mentioned[4]:
+            words.append("bold")
+        if mentioned[5]:
+            words.append("italic")
+        if mentioned[3]:
+            words.append(list(FONT_FAMILIES)[family])
+        text = with_article(" ".join([*words, self.shapes[shape]]))
+        if not mentioned[2]:
+            return text
+        colour = colours[background]
+        return f"{text} on {colour}" if shape % 2 else f"{text} on {with_article(colour)} background"
 
 
-def article(text):
+def with_article(text):
     return ("an " if text[0] in "aeiou" else "a ") + text
 
 
-def check_split(split, known):
-    if split not in known:
-        raise ValueError(f"this data set has the splits {', '.join(known)}; '{split}' is none of them")
+def check_split(split, split_sizes):
+    if split not in split_sizes:
+        raise ValueError(f"this data set has the splits {', '.join(split_sizes)}; '{split}' is none of them")
 
 
-def draw_rows(size, generator):
-    """Row numbers without end, every one before any comes again."""
+def shuffled_forever(size, generator):
+    """Yields row numbers without end; every row comes once before any comes again."""
     while True:
-        for some in torch.randperm(size, generator=generator).split(256):     # few of them will be asked for
-            yield from some.tolist()
+        # few of them are used in most cases, so the permutation is turned into numbers in parts
+        for rows in torch.randperm(size, generator=generator).split(256):
+            yield from rows.tolist()
 
 
-# ----------------------------------------------------------------------------------------------- fashion
+# ---------------------------------------------------------------------------------------------- Fashion-MNIST
 
 FASHION = ["t-shirt", "pair of trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle boot"]
-FASHION_HOME = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+FASHION_URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 FASHION_MD5 = {  # of the unpacked files: mirrors pack them differently
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965"}
 
-
-def fashion_file(name):
-    """The bytes of one idx file: from the cache, from Debian's package, or downloaded once and checked."""
-    def unpack(packed):
+def unpack_fashion(packed, name):
+    """gzip bytes -> content. OSError if they are damaged."""
+    try:
         content = gzip.decompress(packed)
-        if hashlib.md5(content).hexdigest() != FASHION_MD5[name]:
-            raise OSError(f"{name}.gz has a wrong checksum")
-        return content
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"{name}.gz is damaged ({error})") from None
+    if hashlib.md5(content).hexdigest() != FASHION_MD5[name]:
+        raise OSError(f"{name}.gz has a wrong checksum")
+    return content
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fashion-mnist"
+
+def fashion_bytes(name):
+    """The content of one idx file: from the cache, from Debian's package, or downloaded into the cache."""
+    cache = cache_dir() / "fashion-mnist"
     for folder in (cache, Path("/usr/share/datasets/fashion-mnist")):
         try:
-            return unpack((folder / f"{name}.gz").read_bytes())
-        except (OSError, EOFError, zlib.error):
-            continue                                         # absent or damaged: the next place may have it
+            return unpack_fashion((folder / f"{name}.gz").read_bytes(), name)
+        except OSError:    # it is not here or damaged: try the next place
+            continue
     try:
-        with urllib.request.urlopen(f"{FASHION_HOME}{name}.gz", timeout=20) as reply:
+        with urllib.request.urlopen(f"{FASHION_URL}{name}.gz", timeout=20) as reply:
             packed = reply.read()
-        content = unpack(packed)
-    except (OSError, EOFError, zlib.error) as error:
+        content = unpack_fashion(packed, name)
+    except (OSError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"Fashion-MNIST not found: no good {name}.gz in {cache}, none from Debian's package (apt install "
             f"dataset-fashion-mnist), and the download failed ({error}); put the four .gz there") from None
-    cache.mkdir(parents=True, exist_ok=True)
-    (partial := cache / f"{name}.part").write_bytes(packed)
-    partial.replace(cache / f"{name}.gz")                    # atomic: a half-written file is never found
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache / f"{name}.gz") as tmp_path:
+            tmp_path.write_bytes(packed)
+    except OSError as error:    # a read-only home: works without a cache, but downloads every time
+        print_message(f"cannot write {cache} ({error}): Fashion-MNIST will be downloaded again next time")
     return content
 
 
 class Fashion:
-    """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 grey photographs, padded to 32x32."""
+    """Fashion-MNIST (Xiao et al. 2017, MIT licence): 60,000 + 10,000 grey images, padded to 32x32."""
     name = "fashion"
-    closed = True                                            # phrases are all the captions there are
+    fingerprint = "fashion"
+    has_fixed_captions = True    # all_captions is a list of every caption
     attributes = {"class": FASHION}
-    sizes = {"train": 60000, "test": 10000}
+    split_sizes = {"train": 60000, "test": 10000}
 
     def __init__(self):
         self.images, self.labels = {}, {}
         for split, stem in (("train", "train"), ("test", "t10k")):
-            pixels = np.frombuffer(fashion_file(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
-            labels = np.frombuffer(fashion_file(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
+            pixels = np.frombuffer(fashion_bytes(f"{stem}-images-idx3-ubyte"), np.uint8, offset=16)
+            labels = np.frombuffer(fashion_bytes(f"{stem}-labels-idx1-ubyte"), np.uint8, offset=8)
             self.images[split] = F.pad(torch.from_numpy(pixels.copy()).view(-1, 28, 28), (2, 2, 2, 2))
             self.labels[split] = torch.from_numpy(labels.astype(np.int64))
-        self.phrases = [f"a photo of {article(c)}" for c in FASHION]
-        self.words = sorted({w for text in self.phrases for w in text.split()})
+        self.all_captions = [f"a photo of {with_article(c)}" for c in FASHION]
+        self.vocab = sorted({word for text in self.all_captions for word in text.split()})
 
-    def batch(self, n, generator=None, split="train"):
-        """n different pictures of the split (the same picture may return in another batch)."""
-        check_split(split, self.sizes)
-        rows = torch.tensor(list(islice(draw_rows(self.sizes[split], generator), n)))
-        image = self.images[split][rows, None].float() / 127.5 - 1
+    def sample_batch(self, n, generator=None, split="train"):
+        """n images of a split, all different as long as the split has n; other batches may repeat them."""
+        check_split(split, self.split_sizes)
+        rows = torch.tensor(list(islice(shuffled_forever(self.split_sizes[split], generator), n)))
+        image = self.images[split][rows, None].float() / 127.5 - 1    # (n, 1, 32, 32)
         label = self.labels[split][rows]
-        caption = [self.phrases[k] for k in label.tolist()]
-        return Batch(image.expand(-1, 3, -1, -1), caption, label[:, None],
+        captions = [self.all_captions[k] for k in label.tolist()]
+        return Batch(image.expand(-1, 3, -1, -1), captions, label[:, None],
                      torch.ones(len(label), 1, dtype=torch.bool))
 
-    def batches(self, n, most, generator=None, split="train"):
-        """The same n pictures, in batches of `most` and a rest."""
-        both = self.batch(n, generator, split)
-        return (both[slice(start, start + most)] for start in range(0, n, most))
+    def iter_batches(self, n, max_batch, generator=None, split="train"):
+        """The images of sample_batch(n), in batches of max_batch; the last one may be smaller."""
+        batch = self.sample_batch(n, generator, split)
+        return (batch[start:start + max_batch] for start in range(0, n, max_batch))
 
 
-# ------------------------------------------------------------------------------------------ your own folder
+# -------------------------------------------------------------------------------------------- your own folder
 
-def rows_of(table):
-    """The rows of a metadata table, as (line, dictionary)."""
-    try:
-        if table.suffix == ".parquet":
-            import pyarrow.parquet
-            return list(enumerate(pyarrow.parquet.read_table(table).to_pylist(), 1))
-        text = table.read_text(encoding="utf-8-sig")
-        if table.suffix == ".csv":
-            return list(enumerate(csv.DictReader(text.splitlines()), 2))
-    except ImportError:
-        raise ValueError(f"{table} wants pyarrow: pip install pyarrow, or write metadata.jsonl") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"cannot read {table} ({error})") from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except (ValueError, RecursionError):
-                raise ValueError(f"{table} line {number}: wanted JSON with file_name and text") from None
-    return rows
+class FolderDataset:
+    """A folder of captioned images, with its sub-folders: a .txt beside each image, or metadata.jsonl, .csv
+    or .parquet with file_name and text (utils/image_folder.py). Squares are cut from the middle; transparent
+    images get a white background. Images that fit into CACHE_BYTES are kept in memory; otherwise they are
+    read when they are sampled, by several threads. An image that cannot be read is named and left out; more
+    than 1 % of these are an error. Every split is the whole folder. The one attribute is the caption: which
+    of all captions belongs to this image?"""
+    has_fixed_captions = True
 
-
-def within(folder, paths):
-    """ValueError if one of the files lies outside their folder, by name or by link. A snapshot from the
-    Hugging Face hub is a folder of links to the blobs beside it."""
-    home = folder.resolve()
-    homes = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
-    for path in paths:
-        try:
-            inside = any(path.resolve().is_relative_to(one) for one in homes)
-        except (OSError, RuntimeError, ValueError):          # a loop of links, a name that none can have
-            inside = False
-        if not inside:
-            raise ValueError(f"{ascii(str(path))[1:-1][:200]} lies outside {folder}, or can be nowhere: "
-                             "a folder may name its own files only")
-
-
-class Folder:
-    """A folder of captioned images: metadata.jsonl, .csv or .parquet with file_name and text (Hugging Face
-    'imagefolder'), or a .txt beside each image. Squares are cut from the middle. What fits in a gigabyte is
-    kept in memory, the rest is read when it is asked for, by several threads; an image that cannot be read is
-    named and left out, and more than 1 % of those are an error. Its one attribute is the caption itself:
-    'which of the captions is this a picture of?'"""
-    closed = True
-
-    def __init__(self, folder, size=SIZE):
-        folder, self.size, self.broken = Path(folder), size, set()
-        self.name = folder.resolve().name
-        self.paths, self.captions = self.listing(folder)
-        if not self.paths:
-            raise ValueError(f"no images in {folder}: wanted some with metadata.jsonl or a .txt beside each")
-        self.check(folder)
-        self.sizes = dict.fromkeys(("train", "test"), len(self.paths))
-        self.words = sorted({w for text in self.captions for w in text.lower().split()})
-        self.phrases = sorted(set(self.captions))
-        self.attributes = {"caption": self.phrases}
-        index = {text: i for i, text in enumerate(self.phrases)}
+    def __init__(self, folder, resolution=DEFAULT_RESOLUTION):
+        self.resolution = resolution
+        self.name = dataset_name(folder)
+        self.paths, self.captions = image_folder.list_images(folder)
+        self.fingerprint = image_folder.fingerprint(folder, self.paths, self.captions)
+        self.split_sizes = {"train": len(self.paths), "test": len(self.paths)}
+        self.vocab = sorted({word for text in self.captions for word in text.lower().split()})
+        self.all_captions = sorted(set(self.captions))
+        self.attributes = {"caption": self.all_captions}
+        index = {text: i for i, text in enumerate(self.all_captions)}
         self.labels = torch.tensor([index[text] for text in self.captions])
-        self.readers, self.kept = ThreadPoolExecutor(8), None
-        if len(self.paths) * 3 * size ** 2 < KEEP:
-            self.kept = list(self.readers.map(self.read, range(len(self.paths))))
+        self.unreadable = set()
+        self.pool = ThreadPoolExecutor(8)
+        self.image_cache = None
+        if len(self.paths) * 3 * resolution ** 2 < CACHE_BYTES:
+            self.image_cache = list(self.pool.map(self.load_image, range(len(self.paths))))
 
-    @staticmethod
-    def listing(folder):
-        """-> paths, captions; an image without a caption is an error that names it."""
-        tables = (folder / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet"))
-        table = next((table for table in tables if table.is_file()), None)
-        if table:
-            within(folder, [table])
-            paths, captions = [], []
-            for number, row in rows_of(table):
-                try:
-                    paths.append(folder / row["file_name"])
-                    captions.append(row["text"].strip())
-                except (KeyError, TypeError, AttributeError):
-                    raise ValueError(f"{table} line {number}: wanted a JSON object (or a row) "
-                                     "with file_name and text") from None
-            return paths, captions
-        kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds)
-        silent = [p.name for p in paths if not p.with_suffix(".txt").is_file()]
-        if silent:
-            raise ValueError(f"{len(silent)} image(s) in {folder} have no caption, first {silent[0]}: "
-                             f"write one in {Path(silent[0]).stem}.txt, or list all in metadata.jsonl")
-        within(folder, [path.with_suffix(".txt") for path in paths])
+    def load_image(self, row):
+        """-> image (3, R, R) uint8 and micro_cond (4,), or None if the image cannot be read."""
+        path = self.paths[row]
         try:
-            return paths, [p.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for p in paths]
-        except UnicodeDecodeError:
-            raise ValueError(f"a caption in {folder} is not UTF-8: save the .txt files as UTF-8") from None
-
-    def check(self, folder):
-        """No name or link leads out of the folder, and every caption is text."""
-        within(folder, self.paths)
-        for path, text in zip(self.paths, self.captions):
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{path}: its caption holds half a character; save it as UTF-8") from None
-
-    def read(self, row):
-        """-> picture (3, size, size) uint8 and its frame: height and width it had, rows and columns (of the
-        scaled picture) cut off above and left. None if it cannot be read."""
-        from PIL import Image, ImageOps
-        try:
-            if not self.paths[row].is_file():
-                raise OSError("there is no such file")
-            with Image.open(self.paths[row], formats=KINDS) as image:
-                if image.width * image.height > 10 ** 8:
-                    raise ValueError("it has more than 100 million pixels")
-                if image.mode in ("I", "F"):
-                    raise ValueError("it has 32 bits per pixel")
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I;16"):            # sixteen bits, which convert would clip to white
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = image.convert("RGB")
-                w, h = image.size
-                scale = self.size / min(w, h)
-                frame = torch.tensor([h, w, *(int((n * scale - self.size) / 2) for n in (h, w))])
-                image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
-        except Exception as error:                           # a decoder of any file may raise anything
-            self.broken.add(row)
-            name, why = str(self.paths[row])[-200:], str(error).split(": '")[0][:100]
-            if len(self.broken) > .01 * len(self.paths):
-                raise ValueError(f"cannot read the image {name} ({why}): {len(self.broken)} of "
+            return image_folder.load_image(path, self.resolution)
+        except Exception as error:    # image decoders raise exceptions of any type for a damaged file
+            self.unreadable.add(row)
+            name = printable(path)[-200:]
+            reason = printable(str(error).split(": '")[0] or type(error).__name__)[:100]
+            if len(self.unreadable) > .01 * len(self.paths):
+                raise ValueError(f"cannot read the image {name} ({reason}): {len(self.unreadable)} of "
                                  f"{len(self.paths)} images are broken; repair or remove them") from None
-            print(f"left out: {name} cannot be read ({why}); {len(self.broken)} so far")
+            print_message(f"left out: {name} cannot be read ({reason}); {len(self.unreadable)} so far")
             return None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), frame
 
-    def batch(self, n, generator=None, split="train"):
-        """n different pictures while there are so many; every split is the whole folder."""
-        return next(self.batches(n, n, generator, split))
+    def sample_batch(self, n, generator=None, split="train"):
+        """n images, all different as long as the folder has n."""
+        return next(self.iter_batches(n, n, generator, split))
 
-    def batches(self, n, most, generator=None, split="train"):
-        """The same n pictures, in batches of `most` and a rest: they need not all fit into memory."""
-        check_split(split, self.sizes)
-        order = (row for row in draw_rows(self.sizes[split], generator) if row not in self.broken)
-        look = self.kept.__getitem__ if self.kept else self.read
-        for start in range(0, n, most):
-            size, found = min(most, n - start), []
-            while len(found) < size:                         # one was broken: the next one steps in
-                rows = list(islice(order, size - len(found)))
-                found += [(row, *seen) for row, seen in zip(rows, self.readers.map(look, rows)) if seen]
-            rows, pictures, frames = zip(*found)
-            yield Batch(torch.stack(pictures).float() / 127.5 - 1, [self.captions[i] for i in rows],
+    def iter_batches(self, n, max_batch, generator=None, split="train"):
+        """The images of sample_batch(n), in batches of max_batch; the last one may be smaller. They need not
+        fit into memory together."""
+        check_split(split, self.split_sizes)
+        row_iter = (row for row in shuffled_forever(self.split_sizes[split], generator)
+                    if row not in self.unreadable)
+        load_fn = self.image_cache.__getitem__ if self.image_cache else self.load_image
+        for start in range(0, n, max_batch):
+            size = min(max_batch, n - start)
+            loaded = []
+            while len(loaded) < size:    # an image that cannot be read is replaced by the next one
+                rows = list(islice(row_iter, size - len(loaded)))
+                loaded += [(row, *item) for row, item in zip(rows, self.pool.map(load_fn, rows)) if item]
+            rows, images, micro_conds = zip(*loaded)
+            yield Batch(torch.stack(images).float() / 127.5 - 1, [self.captions[row] for row in rows],
                         self.labels[list(rows), None], torch.ones(size, 1, dtype=torch.bool),
-                        torch.stack(frames))
+                        torch.stack(micro_conds))
 
 
-def build(name, size=SIZE):
-    """'glyphs', 'fashion', or a path, whose pictures will have `size` pixels -> a source.
-    Raises ValueError or FileNotFoundError with a sentence to show."""
+def dataset_name(name):
+    """The name under which weights/ knows a data set; FileNotFoundError if there is no such data set."""
     if name in ("glyphs", "fashion"):
-        return Glyphs() if name == "glyphs" else Fashion()
-    if not Path(name).is_dir():
-        raise FileNotFoundError(f"no data set '{name}': wanted glyphs, fashion, or a folder of images")
-    return Folder(name, size)
+        return name
+    if name == "" or not Path(name).is_dir():
+        raise FileNotFoundError(f"no data set '{printable(name)}': wanted glyphs, fashion, or a folder "
+                                "of images")
+    return Path(name).resolve().name or "folder"    # the root of a file system has no name
 
 
-def contact_sheet(source, path, n=96, seed=0):
-    """Write a page of pictures with their captions under them."""
-    import textwrap
+def build_dataset(name, resolution=DEFAULT_RESOLUTION):
+    """'glyphs', 'fashion', or the path of a folder, whose images get resolution x resolution pixels.
+    ValueError or OSError with a sentence to show."""
+    if name == "glyphs":
+        return Glyphs()
+    if name == "fashion":
+        return Fashion()
+    dataset_name(name)
+    return FolderDataset(name, resolution)
+
+
+# ---------------------------------------------------------------------------------------------- contact sheet
+
+def contact_sheet(dataset, path, n=96, seed=0, columns=12):
+    """Write a PNG of n images with their captions."""
     from matplotlib.figure import Figure
-    batch = source.batch(n, torch.Generator().manual_seed(seed))
-    figure = Figure(figsize=(18, 2.05 * -(-n // 12)))
-    axes = figure.subplots(-(-n // 12), 12)
+    batch = dataset.sample_batch(n, torch.Generator().manual_seed(seed))
+    rows = -(-n // columns)
+    figure = Figure(figsize=(1.5 * columns, 2.05 * rows))
+    axes = figure.subplots(rows, columns)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture, text in zip(axes.flat, batch.image, batch.caption):
-        axis.imshow((picture.permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
+    for axis, image, text in zip(axes.flat, batch.image, batch.caption):
+        axis.imshow((image.permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
         axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top", parse_math=False)
     figure.subplots_adjust(0, .04, 1, 1, .08, .42)
-    figure.savefig(path, dpi=100)
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, dpi=100, format="png")
+
+
+def preview(args):
+    """Write the contact sheet that the command line asks for. ValueError or OSError with a sentence."""
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63 - 1")
+    path = Path(args.output or f"{dataset_name(args.preview)}.png")
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"--output {printable(path)}: wanted a file name ending in .png, in a folder that "
+                         "exists")
+    dataset = build_dataset(args.preview)
+    contact_sheet(dataset, path, seed=args.seed)
+    print_message(f"wrote {printable(path)}")
+    if isinstance(dataset, FolderDataset) and path.resolve().is_relative_to(Path(args.preview).resolve()):
+        print_message("it lies in the data folder, where it will be taken for one of the images: move it")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of a data set.")
-    parser.add_argument("--show", required=True, metavar="DATA", help="glyphs, fashion, or a folder")
-    parser.add_argument("--out", default=None, help="where to write the PNG (default: DATA.png)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    path = arguments.out or f"{Path(arguments.show).name}.png"
+    parser = argparse.ArgumentParser(description="Write a contact sheet of a data set: images and captions.")
+    parser.add_argument("--preview", required=True, metavar="DATA", help="glyphs, fashion, or a folder")
+    parser.add_argument("--output", help="the PNG to write (default: the data set's name + .png)")
+    parser.add_argument("--seed", type=int, default=0, help="which images")
+    args = parser.parse_args(argv)
     try:
-        if Path(path).suffix != ".png" or Path(path).is_dir():
-            raise ValueError(f"--out {path}: wanted the name of a PNG")
-        contact_sheet(build(arguments.show), path, seed=arguments.seed)
+        preview(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"data.py: {error}\n")
-    print(f"wrote {path}")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ndata.py: stopped, no contact sheet was written\n")
 
 
 if __name__ == "__main__":

@@ -1,247 +1,304 @@
-"""Discriminators: a frozen pretrained network that sees, and light heads that learn to judge what it saw.
+"""The discriminators: a frozen pretrained backbone and small trainable heads on several of its layers.
 
-A discriminator trained from scratch must first learn to see, and meanwhile teaches nonsense; freezing the
-eyes makes adversarial training short and tame. ADT's is *siamese*: it compares the generated picture with a
-real one of the same caption. ADD's is *projected*: it looks at one picture by itself, given the caption;
-in the small world its verdicts on a real and a made one are then compared (add.py).
+A discriminator trained from scratch first has to learn features and gives useless gradients meanwhile; with a
+frozen backbone only the heads are trained. ADT's discriminator is siamese: D(real, fake) compares the
+generated image with a real one (SiameseDiscriminator). ADD's is projected: D(image, c) rates one image given
+its caption (ProjectedDiscriminator, Projected GAN and StyleGAN-T); with relativistic=True it returns the
+difference of two such logits.
 
-Careful: `requires_grad_(False)` on a discriminator keeps gradients out of its weights, not out of the picture
-it is shown; the generator's gradient flows through it all the same.               Read next: adt.py"""
+Note: requires_grad_(False) on a discriminator freezes its parameters. Gradients with respect to its input
+image still flow, and the generator needs them.
+Read next: adt.py
+"""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
 from torch.nn.utils.parametrizations import spectral_norm
 
 
-class Features(nn.Module):
-    """The frozen backbone: pictures in [-1, 1] -> maps of the chosen layers. It cannot be unfrozen: its
-    weights become buffers, which requires_grad_ does not reach, nor an optimiser, nor a checkpoint."""
+class DiscriminatorInputs(NamedTuple):
+    """What the generator half hands to the discriminator half."""
 
-    def __init__(self, backbone, layers=None):
-        """backbone(image) -> (maps (B, D, h, w), CLS tokens (B, D) or None), and its own choice of layers."""
+    real: torch.Tensor                 # (B, 3, H, W) in [-1, 1]
+    fake: torch.Tensor                 # (B, 3, H, W) in [-1, 1]
+    cond: torch.Tensor | None          # (B, C): what D is conditioned on
+
+
+# --------------------------------------------------------------------------------- frozen backbone and heads
+
+class FrozenBackbone(nn.Module):
+    """A pretrained network: images (B, 3, H, W) in [-1, 1] -> feature maps of selected layers.
+
+    Its parameters become buffers: requires_grad_, optimisers and checkpoints do not reach them."""
+
+    def __init__(self, network, layers=None):
+        """network(image) -> (list of maps (B, D, h, w), list of CLS tokens (B, D) or None); layers: which
+        maps to use (default: network.layers)."""
         super().__init__()
-        for module in backbone.modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
+        for module in network.modules():
+            for name, param in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
-                module.register_buffer(name, weight.detach(), persistent=False)
-        self.backbone, self.layers = backbone.eval(), tuple(layers or backbone.layers)
+                module.register_buffer(name, param.detach(), persistent=False)
+        self.network = network.eval()
+        self.layers = tuple(layers or network.layers)
         with torch.no_grad():
-            maps, cls = backbone(torch.zeros(1, 3, 32, 32))
-        self.shapes = [maps[i].shape[1:] for i in self.layers]                # (D, h, w) of each
-        self.width = cls[-1].shape[1]
-        for i, (d, _, _) in enumerate(self.shapes):
-            self.register_buffer(f"centre{i}", torch.zeros(d))
-            self.register_buffer(f"whiten{i}", torch.eye(d))
+            maps, cls = network(torch.zeros(1, 3, 32, 32))
+        self.map_shapes = [maps[i].shape[1:] for i in self.layers]     # (D, h, w) of each layer
+        self.embed_dim = cls[-1].shape[1]
+        for i, (channels, _, _) in enumerate(self.map_shapes):
+            self.register_buffer(f"feat_mean{i}", torch.zeros(channels))
+            self.register_buffer(f"feat_whiten{i}", torch.eye(channels))
 
     def train(self, mode=True):
         return super().train(False)
 
-    def tokens(self, image):
-        """(B, 3, H, W) -> one (B, h, w, D) per layer: CLS, where there is one, is added to every token, then
-        each token is brought to zero mean and unit variance, so that heads on any layer start alike."""
-        maps, cls = self.backbone(image)
-        seen = [maps[i] if cls[i] is None else maps[i] + cls[i][..., None, None] for i in self.layers]
-        return [F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]) for x in seen]
+    def normalized_maps(self, image):
+        """(B, 3, H, W) -> one (B, h, w, D) per layer. The CLS token, where there is one, is added to every
+        token (StyleGAN-T); each token is then layer-normalised, so that all layers have the same scale."""
+        maps, cls = self.network(image)
+        selected = [maps[i] if cls[i] is None else maps[i] + cls[i][..., None, None] for i in self.layers]
+        return [F.layer_norm(x.float().movedim(1, -1), x.shape[1:2]) for x in selected]
 
     @torch.no_grad()
-    def level(self, pictures, floor=.1):
-        """From now on, features are whitened by what these pictures show, a list of (B, 3, H, W), real ones
-        with the heads' noise: every direction of a layer has the same variance over their tokens. Before, a
-        few loud ones have nearly all of it; heads learn a direction the faster the louder it is, and what is
-        wrong with a good fake is in the quiet ones. Less than `floor` of the mean variance stays small."""
-        sums = [0] * len(self.layers)
-        for image in pictures:                               # of 1 and x, the sums of x x^T
-            ones = [F.pad(x.flatten(0, 2).double(), (1, 0), value=1.) for x in self.tokens(image)]
-            sums = [total + x.T @ x for total, x in zip(sums, ones)]
-        for i, total in enumerate(sums):
-            moments = total / total[0, 0]
-            centre = moments[0, 1:]
-            spread, axes = torch.linalg.eigh(moments[1:, 1:] - centre.outer(centre))
-            white = axes * (spread.clamp(min=0) + floor * spread.mean()) ** -.5 @ axes.T
-            setattr(self, f"centre{i}", centre.float()), setattr(self, f"whiten{i}", white.float())
+    def fit_whitening(self, batches, eps=.1):
+        """Whiten the features from now on: equal variance in all directions of a layer, over the tokens of
+        these images (a list of (B, 3, H, W)). Without whitening a few directions hold nearly all variance,
+        and gradient descent on the heads ignores the others. eps: regulariser, as a fraction of the mean
+        variance."""
+        moment_sums = [0] * len(self.layers)
+        for image in batches:
+            for i, maps in enumerate(self.normalized_maps(image)):
+                x1 = F.pad(maps.flatten(0, 2).double(), (1, 0), value=1.)      # (tokens, 1 + D)
+                moment_sums[i] = moment_sums[i] + x1.T @ x1
+        for i, moment_sum in enumerate(moment_sums):
+            moments = moment_sum / moment_sum[0, 0]
+            mean = moments[0, 1:]
+            eigvals, eigvecs = torch.linalg.eigh(moments[1:, 1:] - mean.outer(mean))
+            whitening = eigvecs * (eigvals.clamp(min=0) + eps * eigvals.mean()) ** -.5 @ eigvecs.T
+            setattr(self, f"feat_mean{i}", mean.float())
+            setattr(self, f"feat_whiten{i}", whitening.float())
 
     def forward(self, image):
-        """(B, 3, H, W) -> one (B, D, h, w) per layer, in full precision: what is quiet drowns in bf16."""
-        seen = self.tokens(image)
+        """(B, 3, H, W) -> one (B, D, h, w) per layer, in fp32: bf16 would lose the directions of small
+        variance before they are amplified."""
+        maps = self.normalized_maps(image)
+        whitened = []
         with torch.autocast(image.device.type, enabled=False):
-            return [((x - getattr(self, f"centre{i}")) @ getattr(self, f"whiten{i}")).movedim(-1, 1)
-                    for i, x in enumerate(seen)]
+            for i, x in enumerate(maps):
+                x = (x - getattr(self, f"feat_mean{i}")) @ getattr(self, f"feat_whiten{i}")
+                whitened.append(x.movedim(-1, 1))
+        return whitened
 
     @torch.no_grad()
-    def summary(self, image):
-        """(B, 3, H, W) -> the whole picture in one vector (B, D): CLS of the last block, or its like."""
-        return F.layer_norm(self.backbone(image)[1][-1].float(), (self.width,))
+    def global_embedding(self, image):
+        """(B, 3, H, W) -> the last CLS token (or mean token), layer-normalised (B, D)."""
+        return F.layer_norm(self.network(image)[1][-1].float(), (self.embed_dim,))
 
-    def heads(self, width, out, spectral=False):
-        """One new head per layer; maps finer than the coarsest lose half their resolution in it."""
-        coarse = min(h for _, h, _ in self.shapes)
-        return nn.ModuleList(Head(d, width, out, 2 if h > coarse else 1, spectral) for d, h, _ in self.shapes)
+    def make_heads(self, channels, out_channels, spectral=False):
+        """One new Head per layer; maps finer than the coarsest are reduced to half their resolution."""
+        min_side = min(h for _, h, _ in self.map_shapes)
+        return nn.ModuleList(Head(d, channels, out_channels, 2 if h > min_side else 1, spectral)
+                             for d, h, _ in self.map_shapes)
+
+
+def build_backbone(network, images, noise_std=0.0):
+    """FrozenBackbone(network), whitened on images (B, 3, H, W) with the noise that the discriminator's inputs
+    will have."""
+    backbone = FrozenBackbone(network).to(images.device)
+    noised = images + noise_std * torch.randn_like(images) if noise_std else images
+    backbone.fit_whitening(noised.split(8))
+    return backbone
 
 
 class Head(nn.Module):
-    """A map (B, D, h, w) -> tokens (B, N, out): 1x1 convolution, a residual 3x3 one, 1x1 out. Group norm,
-    unlike batch norm, does not couple the samples of a batch; spectral norm, where asked for, keeps the slope
-    of the logits gentle."""
+    """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution, residual 3x3, 1x1.
 
-    def __init__(self, width_in, width, out, stride=1, spectral=False):
+    Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm bounds
+    the slope of the logits."""
+
+    def __init__(self, in_channels, channels, out_channels, stride=1, spectral=False):
         super().__init__()
-        tame = partial(spectral_norm, n_power_iterations=2) if spectral else nn.Identity()
+        maybe_spectral_norm = partial(spectral_norm, n_power_iterations=2) if spectral else nn.Identity()
         self.stride = stride
-        self.enter = tame(nn.Conv2d(width_in, width, 1))
-        self.mix = tame(nn.Conv2d(width, width, 3, stride, padding=1))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
-        self.leave = tame(nn.Conv2d(width, out, 1))
+        self.conv_in = maybe_spectral_norm(nn.Conv2d(in_channels, channels, 1))
+        self.conv = maybe_spectral_norm(nn.Conv2d(channels, channels, 3, stride, padding=1))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
+        self.conv_out = maybe_spectral_norm(nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, x):
-        x = F.leaky_relu(self.norms[0](self.enter(x)), .2)
-        x = (F.avg_pool2d(x, self.stride) + F.leaky_relu(self.norms[1](self.mix(x)), .2)) * .5 ** .5
-        return self.leave(x).flatten(2).transpose(1, 2).float()               # no sums in bf16 from here on
+        x = F.leaky_relu(self.norms[0](self.conv_in(x)), .2)
+        residual = F.leaky_relu(self.norms[1](self.conv(x)), .2)
+        x = (F.avg_pool2d(x, self.stride) + residual) * .5 ** .5
+        return self.conv_out(x).flatten(2).transpose(1, 2).float()     # (B, N, out_channels), fp32 from here
 
 
-class Siamese(nn.Module):
-    """ADT's discriminator, the same eyes for both pictures: D(real, other) -> logits, one (B, N) per head.
+# ------------------------------------------------------------------------------------------- discriminators
 
-    The paper's abstract fixes the frozen backbone, summaries say 'similarity' and leave open which:
-      similarity   scale * cos(h(x), h(y)) + bias              nothing but the angle counts
-      twin         <g(x), h(y)> / sqrt(width)                  other heads for the real side (SimSiam-like)
-      difference   head(|h(x) - h(y)|)                         the classic siamese network
-      relative     D(y | c) - D(x | c)                         see Projected: two verdicts, compared
-    and so is where it is averaged: `tokens` judges every token by itself, `score` averages the tokens'
-    verdicts of a layer, `all` those of all layers, too, `mean` averages the tokens first and compares two
-    vectors per layer."""
+class SiameseDiscriminator(nn.Module):
+    """ADT's discriminator: the same backbone and heads see both images, D(real, fake) -> one (B, N) per head.
 
-    def __init__(self, features, variant="similarity", pool="tokens", width=64):
+    The abstract names the siamese network and its frozen backbone; summaries add that the score is a
+    similarity. Which one is unknown, so there are three kinds:
+      similarity   scale * cos(h(x), h(y)) + bias       with learned scale and bias
+      asymmetric   <g(x), h(y)> / sqrt(channels)        other heads g for the real image (SimSiam-like)
+      difference   linear(|h(x) - h(y)|)                the classic siamese network
+    logit_reduction: none (a logit per token), layer (mean over a layer's tokens), global (mean over all
+    layers), token_mean (average the features of a layer first, then compare)."""
+
+    def __init__(self, backbone, kind="similarity", logit_reduction="none", channels=64):
         super().__init__()
-        if variant not in ("similarity", "twin", "difference"):
-            raise ValueError(f"unknown siamese variant '{variant}': wanted similarity, twin or difference")
-        if pool not in ("tokens", "score", "mean", "all"):
-            raise ValueError(f"unknown pooling '{pool}': wanted tokens, score, mean or all")
-        self.features, self.variant, self.pool = features, variant, pool
-        self.heads = features.heads(width, width)
-        if variant == "similarity":
-            self.scale, self.bias = nn.Parameter(torch.tensor(4.)), nn.Parameter(torch.tensor(-2.))
-        if variant == "twin":
-            self.real_heads = features.heads(width, width)
-        if variant == "difference":
-            self.compare = nn.ModuleList(nn.Linear(width, 1) for _ in features.layers)
+        if kind not in ("similarity", "asymmetric", "difference"):
+            raise ValueError(f"unknown siamese discriminator '{kind}': wanted similarity, asymmetric or "
+                             "difference")
+        if logit_reduction not in ("none", "layer", "token_mean", "global"):
+            raise ValueError(f"unknown logit reduction '{logit_reduction}': wanted none, layer, token_mean "
+                             "or global")
+        self.backbone, self.kind, self.logit_reduction = backbone, kind, logit_reduction
+        self.heads = backbone.make_heads(channels, channels)
+        if kind == "similarity":
+            self.scale = nn.Parameter(torch.tensor(4.))
+            self.bias = nn.Parameter(torch.tensor(-2.))
+        if kind == "asymmetric":
+            self.heads_real = backbone.make_heads(channels, channels)
+        if kind == "difference":
+            self.diff_heads = nn.ModuleList(nn.Linear(channels, 1) for _ in backbone.layers)
 
-    def compare_tokens(self, i, x, y):
-        """Layer i: (B, N, W) of either picture -> one score per token (B, N)."""
-        if self.variant == "similarity":
-            return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias    # ADT similarity
-        if self.variant == "twin":
+    def token_logits(self, i, x, y):
+        """Compare the features of layer i: (B, N, C), (B, N, C) -> (B, N)."""
+        if self.kind == "similarity":
+            return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias  # ADT similarity
+        if self.kind == "asymmetric":
             return (x * y).sum(-1) / x.shape[-1] ** .5
-        return self.compare[i]((x - y).abs()).squeeze(-1).float()
+        return self.diff_heads[i]((x - y).abs()).squeeze(-1).float()
 
-    def forward(self, real, other, text=None):
-        """real, other (B, 3, H, W); text unseen -> per head (B, N), pooled (B, 1); `all`: one (B, 1)."""
+    def forward(self, real, fake, disc_cond=None):
+        """real, fake: (B, 3, H, W); disc_cond is not used -> logits, see logit_reduction."""
         with torch.no_grad():
-            real = self.features(real)                       # the reference is data: no graph here
+            features_real = self.backbone(real)                        # a constant: it needs no graph
+        features_fake = self.backbone(fake)
         logits = []
-        for i, (x, y) in enumerate(zip(real, self.features(other))):          # (B, D, h, w) each
-            x, y = (self.real_heads if self.variant == "twin" else self.heads)[i](x), self.heads[i](y)
-            if self.pool == "mean":
-                x, y = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
-            score = self.compare_tokens(i, x, y)
-            logits.append(score.mean(1, keepdim=True) if self.pool in ("score", "all") else score)
-        return [torch.cat(logits, 1).mean(1, keepdim=True)] if self.pool == "all" else logits
+        for i, (x, y) in enumerate(zip(features_real, features_fake)):  # (B, D, h, w) each
+            heads_real = self.heads_real if self.kind == "asymmetric" else self.heads
+            x = heads_real[i](x)                                       # (B, N, C)
+            y = self.heads[i](y)
+            if self.logit_reduction == "token_mean":
+                x = x.mean(1, keepdim=True)
+                y = y.mean(1, keepdim=True)
+            d = self.token_logits(i, x, y)                             # (B, N)
+            if self.logit_reduction in ("layer", "global"):
+                d = d.mean(1, keepdim=True)
+            logits.append(d)
+        if self.logit_reduction == "global":
+            return [torch.cat(logits, 1).mean(1, keepdim=True)]
+        return logits
 
 
-class Projected(nn.Module):
-    """ADD's discriminator, unpaired: per layer and token <h(y), b + W c> / sqrt(width), where c (B, C) is
-    what it may know of the picture (its caption's vector, say); without c, a plain logit. It takes ADT's two
-    pictures and looks at the second alone; `relative`, it is siamese too: the verdict on the second less the
-    verdict on the first, of the same caption. Is it less real than the real one? What they share cancels."""
+class ProjectedDiscriminator(nn.Module):
+    """ADD's discriminator: <h(y), b + W c> / sqrt(channels) for every layer and token, where c (B, C) is the
+    conditioning (projection conditioning, Miyato and Koyama 2018); without c a plain logit.
 
-    def __init__(self, features, known=0, relative=False, width=64):
+    It has ADT's signature D(real, fake) and ignores `real`. With relativistic=True it is siamese as well: the
+    logit of `fake` minus the logit of `real` (Jolicoeur-Martineau 2018)."""
+
+    def __init__(self, backbone, cond_dim=0, relativistic=False, channels=64):
         super().__init__()
-        self.features, self.relative = features, relative
-        self.heads = features.heads(width, width if known else 1, spectral=True)
-        self.project = nn.ModuleList(nn.Linear(known, width) for _ in features.layers) if known else []
-        for project in self.project:
-            nn.init.normal_(project.bias)                    # at first the judgement hardly depends on c
+        self.backbone, self.relativistic = backbone, relativistic
+        self.heads = backbone.make_heads(channels, channels if cond_dim else 1, spectral=True)
+        self.cond_proj = []
+        if cond_dim:
+            self.cond_proj = nn.ModuleList(nn.Linear(cond_dim, channels) for _ in backbone.layers)
+        for proj in self.cond_proj:
+            nn.init.normal_(proj.bias)                                 # initially D hardly depends on c
 
-    def score(self, maps, known=None):
-        """One (B, D, h, w) per layer -> logits, one (B, N) per layer."""
-        seen = [head(x) for head, x in zip(self.heads, maps)]
-        if self.project:
-            # to length 8: shorter, it takes hundreds of steps to be heard; longer, a step of W is many of W c
-            known = 8 * F.normalize(known.float())
-            with torch.autocast(known.device.type, enabled=False):            # verdicts are not for bf16
-                seen = [torch.einsum("bnw,bw->bn", x, w(known))[..., None] / x.shape[-1] ** .5
-                        for x, w in zip(seen, self.project)]
-        return [x.squeeze(-1) for x in seen]
+    def logits(self, maps, disc_cond=None):
+        """maps: one (B, D, h, w) per layer; disc_cond (B, C) -> one (B, N) per layer."""
+        tokens = [head(x) for head, x in zip(self.heads, maps)]        # (B, N, channels)
+        if self.cond_proj:
+            # c has length 8: if shorter, D needs hundreds of steps to use it; if longer, W c changes too fast
+            disc_cond = 8 * F.normalize(disc_cond.float())
+            with torch.autocast(disc_cond.device.type, enabled=False):  # logits in fp32
+                tokens = [torch.einsum("bnw,bw->bn", x, proj(disc_cond))[..., None] / x.shape[-1] ** .5
+                          for x, proj in zip(tokens, self.cond_proj)]
+        return [x.squeeze(-1) for x in tokens]
 
-    def forward(self, real, other, known=None):
-        """real (unseen unless relative), other (B, 3, H, W), known (B, C) -> one (B, N) per layer."""
-        logits = self.score(self.features(other), known)
-        if not self.relative:
-            return logits
+    def forward(self, real, fake, disc_cond=None):
+        """real (used only if relativistic), fake: (B, 3, H, W); disc_cond (B, C) -> one (B, N) per layer."""
+        logits_fake = self.logits(self.backbone(fake), disc_cond)
+        if not self.relativistic:
+            return logits_fake
         with torch.no_grad():
-            real = self.features(real)                       # the reference is data: no graph here
-        return [y - x for y, x in zip(logits, self.score(real, known))]       # ADT comparison: v(y) - v(x)
+            features_real = self.backbone(real)
+        logits_real = self.logits(features_real, disc_cond)
+        return [d_fake - d_real for d_fake, d_real in zip(logits_fake, logits_real)]  # ADT comparison
 
 
-def tighten(critic):
-    """Let every spectral norm follow its weight, once for all micro-batches of a step: until its weights move
-    the critic, in eval mode, is one and the same function, however many pictures it is shown."""
-    critic.train()
-    for module in critic.modules():
+def update_spectral_norm(disc):
+    """One power iteration for every spectral norm, once per step. Between steps the discriminator stays in
+    eval mode and is the same function for all micro-batches."""
+    disc.train()
+    for module in disc.modules():
         if hasattr(module, "parametrizations"):
-            module.weight                                    # to look at it is to iterate
-    critic.eval()
+            _ = module.weight                                          # computing it runs the iteration
+    disc.eval()
 
 
-# ------------------------------------------------------------------------------- differentiable augmentation
+# -------------------------------------------------------------------------------- differentiable augmentation
 
-def visible(image):
-    """What a viewer will see: clamped to [-1, 1]. Real pictures end at black and white; an adversary that may
-    look beyond them teaches nothing else. The gradient goes straight through, for what is too white to come
-    back, but never further out: nobody would see it, and black that grows blacker ruins the next step."""
-    outside = (image - image.clamp(-1, 1)).detach()
+def clamp_straight_through(image):
+    """Clamp to [-1, 1], as a viewer sees the image; otherwise D would only look for values out of range.
+
+    The gradient passes unchanged where it leads back into the range and is zero where it leads further out:
+    such a change is invisible, and the overshoot would accumulate."""
+    overshoot = (image - image.clamp(-1, 1)).detach()
     if image.requires_grad:
-        image = image.view_as(image)                         # a hook of its own
-        image.register_hook(lambda slope: torch.where(outside * slope < 0, 0., slope))
-    return image - outside
+        image = image.view_as(image)                                   # a tensor of its own for the hook
+        image.register_hook(lambda grad: torch.where(overshoot * grad < 0, 0., grad))
+    return image - overshoot
 
 
-def geometry(n, device=None):
-    """One geometric draw per pair: shift (n, 2) and cut-out centre (n, 2), all uniform in [-1, 1]."""
+def sample_aug_params(n, device=None):
+    """Geometric parameters of n augmentations, uniform in [-1, 1]: translation (x, y), cutout centre (x, y)
+    -> (n, 4)."""
     return torch.rand(n, 4, device=device) * 2 - 1
 
 
-def augment(image, draw, strength=1.0, noise=0.0, cutout=True):
-    """Colour, translation, cut-out (DiffAugment, Zhao et al. 2020) and noise (Sønderby et al. 2016),
-    differentiable; the identity with strength and noise 0.
-    image (B, 3, H, W), draw from `geometry`. Give both members of a pair the same draw, or their tokens do
-    not line up; colours are drawn here, anew for every call: a pair is not real for its identical pixels.
+def augment(image, aug_params, strength=1.0, noise_std=0.0, cutout=True):
+    """DiffAugment (Zhao et al. 2020): colour, translation and cutout, differentiable; then instance noise
+    (Sonderby et al. 2016). With strength 0 and noise_std 0 it is the identity.
 
-    Ours: each channel has a brightness of its own, and shifts are odd as often as even, however weak. A tint,
-    and a 2x2 pattern where a network paints 2x2 pixels at once, are one bias away, for all pictures together:
-    who can see their sign fights for them to and fro, with gradients that drown all others. And a drawn
-    ground is flat to the last digit, a painted one never: who sees that, without noise, sees nothing else."""
+    image: (B, 3, H, W) · aug_params: (B, 4) from sample_aug_params. Both images of a pair get the same
+    aug_params so that their tokens correspond; colours are drawn here and differ between them.
+    Ours: brightness is drawn per channel, and translations by odd and by even numbers of pixels are equally
+    frequent. A generator can add a constant tint, or a pattern of period two, with a single bias; if D sees
+    its sign, the two oscillate around it. Without noise D recognises drawn backgrounds, which are exactly
+    flat, by their last digit."""
     n, _, h, w = image.shape
-    tint, saturation, contrast = (((torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) * strength)
-                                  for channels in (3, 1, 1))
-    image = image + .4 * tint
+    brightness, saturation, contrast = (
+        strength * (torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) for channels in (3, 1, 1))
+    image = image + .4 * brightness
     grey = image.mean(1, keepdim=True)
-    image = grey + (image - grey) * (1 + saturation)                          # 0 … 2
-    level = image.mean((1, 2, 3), keepdim=True)
-    image = level + (image - level) * (1 + .5 * contrast)                     # 0.5 … 1.5
-    reach = (torch.tensor([w, h], device=image.device) / 8 * strength).round()
-    shift = (draw[:, :2] * (reach.clamp(min=1) if strength > 0 else reach)).round()         # whole pixels
+    image = grey + (image - grey) * (1 + saturation)                   # factor 0 ... 2
+    mean = image.mean((1, 2, 3), keepdim=True)
+    image = mean + (image - mean) * (1 + .5 * contrast)                # factor 0.5 ... 1.5
+    max_shift = (torch.tensor([w, h], device=image.device) / 8 * strength).round()
+    if strength > 0:
+        max_shift = max_shift.clamp(min=1)
+    translation = (aug_params[:, :2] * max_shift).round()              # whole pixels
     theta = torch.eye(2, 3, device=image.device).repeat(n, 1, 1)
-    theta[:, :, 2] = 2 * shift / torch.tensor([w, h], device=image.device)
-    with torch.autocast(image.device.type, enabled=False):   # bf16 confuses the columns of 512 pixels
+    theta[:, :, 2] = 2 * translation / torch.tensor([w, h], device=image.device)
+    with torch.autocast(image.device.type, enabled=False):             # bf16 cannot index 512 columns
         grid = F.affine_grid(theta, image.shape, align_corners=False)
     image = F.grid_sample(image, grid, mode="nearest", padding_mode="border", align_corners=False)
     if cutout and strength > 0:
         y, x = torch.meshgrid(torch.linspace(-1, 1, h, device=image.device),
                               torch.linspace(-1, 1, w, device=image.device), indexing="ij")
-        away = torch.maximum((x - draw[:, 2, None, None]).abs(), (y - draw[:, 3, None, None]).abs())
-        image = image * (away > .5 * strength)[:, None]                       # a square of half the side
-    return image + noise * torch.randn_like(image) if noise else image
+        cutout_dist = torch.maximum((x - aug_params[:, 2, None, None]).abs(),
+                                    (y - aug_params[:, 3, None, None]).abs())
+        image = image * (cutout_dist > .5 * strength)[:, None]         # a square of half the side
+    if noise_std:
+        image = image + noise_std * torch.randn_like(image)
+    return image

@@ -1,93 +1,101 @@
-"""The formulas of either paper, as pure functions. Nothing here owns a network.
+"""The formulas of both papers as pure functions of tensors.
 
-Both papers play the same game: the generator keeps a regression loss that anchors it, and adds an adversarial
-loss that tells it what regression cannot. Signs: D is high on real, low on fake. The papers' sum over heads
-is a mean here, each head's own a mean over its tokens: lambda then depends on neither number nor size.
+Both methods keep a regression loss as an anchor and add an adversarial loss. D is high on real images and low
+on generated ones. Where the papers sum over the discriminator's heads, this code takes the mean, and each
+head's logits are averaged over its tokens, so lambda does not depend on the number or the size of the heads.
 
-    L_G = L_diff + lambda * (-D(fake)), or (ADD) -D(fake) + lambda L_distill
-    L_D = relu(1 - D(real)) + relu(1 + D(fake)), or (ADD, relative) of D(real) - D(fake)
+    ADT:  L_G = L_diffusion + lambda (-D(fake))          ADD:  L_G = -D(fake) + lambda L_distill
+    both: L_D = relu(1 - D(real)) + relu(1 + D(fake))    (+ gamma R1 in ADD)
 
-Read next: discriminator.py"""
+Read next: discriminator.py
+"""
 
 import torch
 import torch.nn.functional as F
 
+# ------------------------------------------------------------------------------------------- diffusion loss
 
-# -------------------------------------------------------------------------------------------- diffusion
+def sample_timesteps(n, T, scheme="uniform", generator=None):
+    """n random timestep indices in 0..T-1 -> (n,) int64.
 
-def sample_times(n, steps, how="uniform", generator=None):
-    """n time indices in 0..steps-1. 'uniform' is DDPM's and SD's; 'lognormal' is SD3's sigmoid of a normal,
-    which looks more often at the middle of the line, where there is most to learn."""
-    if how == "uniform":
-        return torch.randint(steps, (n,), generator=generator)
-    if how == "lognormal":
-        return (torch.randn(n, generator=generator).sigmoid() * steps).long()
-    raise ValueError(f"unknown way to draw times '{how}': wanted uniform or lognormal")
+    scheme: uniform (DDPM, SD 1.x to XL) or logit_normal (SD3: the sigmoid of a normal number, which prefers
+    the middle of the path)."""
+    if scheme == "uniform":
+        return torch.randint(T, (n,), generator=generator)
+    if scheme == "logit_normal":
+        return (torch.randn(n, generator=generator).sigmoid() * T).long()
+    raise ValueError(f"unknown timestep sampling '{scheme}': wanted uniform or logit_normal")
 
 
 def diffusion_loss(model, x0, t, eps, cond):
-    """L_diff = E || y_theta(x_t, t, c) - (a x0 + b eps) ||^2, the model's own pretraining loss; mean over all
-    elements. x0, eps (B, C, h, w), t (B,)."""
+    """The model's own pretraining loss E || y_theta(x_t, t, c) - (a x0 + b eps) ||^2, mean over all elements.
+
+    x0, eps: (B, C, h, w) · t: (B,) · cond: from model.encode_prompts -> scalar"""
     y = model.predict(model.add_noise(x0, t, eps), t, cond)
-    return F.mse_loss(y.float(), model.training_target(x0, eps, t))           # DDPM eq. 14, ADT L_diff
+    return F.mse_loss(y.float(), model.training_target(x0, eps, t))    # DDPM eq. 14, ADT L_diff
 
 
-# ------------------------------------------------------------------------------------------ adversarial
+# ---------------------------------------------------------------------------------------- adversarial losses
 
 def hinge_real(logits):
-    """relu(1 - D(real)). logits: one (B, N) per head."""
-    return sum(F.relu(1 - d).mean() for d in logits) / len(logits)            # ADT L_D, ADD eq. 3
+    """relu(1 - D(real)); logits: one (B, N) tensor per head -> scalar"""
+    return sum(F.relu(1 - d).mean() for d in logits) / len(logits)     # ADT L_D, ADD eq. 3
 
 
 def hinge_fake(logits):
-    """relu(1 + D(fake)). The fake picture must be detached by the caller."""
-    return sum(F.relu(1 + d).mean() for d in logits) / len(logits)            # ADT L_D, ADD eq. 3
+    """relu(1 + D(fake)); logits: one (B, N) tensor per head -> scalar. The caller detaches the image."""
+    return sum(F.relu(1 + d).mean() for d in logits) / len(logits)     # ADT L_D, ADD eq. 3
 
 
 def hinge_generator(logits):
-    """-D(fake): linear, never saturates; a relu here would stop teaching once D is beaten by a margin."""
-    return -sum(d.mean() for d in logits) / len(logits)                       # ADT L_G, ADD eq. 2
+    """-D(fake) -> scalar. Linear: with relu(1 - D(fake)) the gradient would vanish at a margin of 1."""
+    return -sum(d.mean() for d in logits) / len(logits)                # ADT L_G, ADD eq. 2
 
 
-def r1(logits, inputs):
-    """R1 on what the heads see: sum over layers of the batch mean of || d (sum of logits) / d F_k ||^2.
+def r1_penalty(logits, features):
+    """R1 with respect to the heads' inputs: sum over layers of the batch mean of || d(sum D_k) / d F_k ||^2.
 
-    logits of real pictures, one (B, N) per head; inputs: the heads' maps (B, D, h, w) with requires_grad.
-    On the logits, never on the hinge, whose slope is zero wherever a real logit exceeds 1. Summed over them,
-    not averaged: a mean would make the penalty N^2 times weaker, and 1e-5 of it nothing at all. The gradient
-    stops at the heads' inputs, so there is no second backward pass through the backbone."""
-    slopes = torch.autograd.grad(sum(d.sum() for d in logits), inputs, create_graph=True)
-    return sum(slope.float().square().flatten(1).sum(1).mean() for slope in slopes)           # ADD eq. 3, R1
-
-
-# ---------------------------------------------------------------------------------- score distillation
-
-def distillation_weight(how, alpha, sigma):
-    """c(t). 'exponential' trusts clean targets more; 'sds' and 'nfsd' are c = alpha / (2 sigma) w(t) with
-    DreamFusion's w = sigma^2. Hence exponential is SDS with w = 2 sigma."""
-    if how == "exponential":
-        return alpha                                                          # ADD eq. 4, c(t) = alpha_t
-    if how in ("sds", "nfsd"):
-        return alpha / (2 * sigma) * sigma ** 2                               # ADD eq. 4, c(t) of SDS
-    raise ValueError(f"unknown weighting '{how}': wanted exponential, sds or nfsd")
+    logits: of real images, one (B, N) per head · features: the heads' inputs (B, D, h, w), requires_grad
+    The penalty is on the logits, not on the hinge loss, whose gradient is zero wherever D(real) > 1. The
+    logits are summed over tokens: with a mean the penalty would be N^2 times weaker, and gamma = 1e-5 would
+    have no effect. No second backward pass goes through the backbone. -> scalar"""
+    grads = torch.autograd.grad(sum(d.sum() for d in logits), features, create_graph=True)
+    return sum(grad.float().square().flatten(1).sum(1).mean() for grad in grads)  # ADD eq. 3, R1
 
 
-def nfsd_target(x0, alpha, sigma, eps_empty, eps_caption, eps_negative, small, scale=7.5):
-    """The picture that noise-free score distillation (Katzir et al. 2023) pulls x0 towards:
-    x0 - sigma / alpha (delta_D + s delta_C); with c(t) above its gradient is w(t) (delta_D + s delta_C).
-    delta_C = eps(c) - eps(empty) follows the caption; delta_D leads back to the data: eps(empty) where there
-    is little noise (`small`, (B, 1, 1, 1) bool), else eps(empty) - eps(negative prompt)."""
-    domain = torch.where(small, eps_empty, eps_empty - eps_negative)
-    return x0 - sigma / alpha * (domain + scale * (eps_caption - eps_empty))
+# ----------------------------------------------------------------------------------------- score distillation
+
+def distillation_weight(weighting, alpha, sigma):
+    """c(t) of the distillation loss; alpha, sigma: (B, 1, 1, 1) -> the same shape.
+
+    exponential: c = alpha, so noisier targets count less. sds and nfsd: c = alpha w / (2 sigma) with
+    DreamFusion's w = sigma^2; exponential therefore is SDS with w = 2 sigma."""
+    if weighting == "exponential":
+        return alpha                                                   # ADD eq. 4, c(t) = alpha_t
+    if weighting in ("sds", "nfsd"):
+        return alpha / (2 * sigma) * sigma ** 2                        # ADD eq. 4, c(t) of SDS
+    raise ValueError(f"unknown distillation weighting '{weighting}': wanted exponential, sds or nfsd")
 
 
-def distance(how, a, b):
-    """(B, …), (B, …) -> (B,), mean over the picture's elements: lambda then does not depend on its size."""
-    gap = (a - b).float().flatten(1)
-    if how == "squared":
-        return gap.square().mean(1)
-    if how == "l1":
-        return gap.abs().mean(1)
-    if how == "huber":
-        return ((gap.square() + .03 ** 2).sqrt() - .03).mean(1)               # pseudo-Huber
-    raise ValueError(f"unknown distance '{how}': wanted squared, l1 or huber")
+def nfsd_target(x0, alpha, sigma, eps_uncond, eps_cond, eps_negative, is_small_t, guidance_scale=7.5):
+    """Target of noise-free score distillation (Katzir et al. 2023), x0 - sigma / alpha (delta_D + s delta_C).
+
+    With c(t) above the loss has the gradient w(t) (delta_D + s delta_C). delta_C = eps(c) - eps(empty) is the
+    direction of the caption. delta_D is the direction towards the data: eps(empty) at small t, otherwise
+    eps(empty) - eps(negative prompt). is_small_t: (B, 1, 1, 1) bool -> (B, C, h, w)"""
+    delta_domain = torch.where(is_small_t, eps_uncond, eps_uncond - eps_negative)
+    return x0 - sigma / alpha * (delta_domain + guidance_scale * (eps_cond - eps_uncond))
+
+
+def distillation_distance(metric, pred, target):
+    """Distance of each sample, mean over its elements: (B, ...), (B, ...) -> (B,).
+
+    metric: l2 (squared error, the paper's), l1, huber (pseudo-Huber, c = .03)"""
+    diff = (pred - target).float().flatten(1)
+    if metric == "l2":
+        return diff.square().mean(1)
+    if metric == "l1":
+        return diff.abs().mean(1)
+    if metric == "huber":
+        return ((diff.square() + .03 ** 2).sqrt() - .03).mean(1)
+    raise ValueError(f"unknown distillation loss '{metric}': wanted l2, l1 or huber")

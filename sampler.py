@@ -1,85 +1,95 @@
-"""Inference paths: where they stop on the way from noise to picture, and where gradients may flow back.
+"""Sampling paths with truncated gradients: which timesteps, and through which steps gradients flow.
 
-One step, for every family: ask the network, solve for (x0, eps), put them together again at the next time,
+One step, for every model family: call the network, solve for (x0, eps), combine them at the next timestep,
     x_{t'} = alpha_{t'} x0 + sigma_{t'} eps,
-which is DDIM for an eps-model and an Euler step for a flow. ADT trains *through* this path under one
-constraint (`rollout`): the network always sees a detached input, and only chosen steps keep their graph. Then
-    d x0_final / d theta = sum over chosen steps of (a scalar of the schedule) * d y_theta / d theta,
-with no product of network Jacobians: nothing to explode, and the memory of the chosen steps' graphs alone,
-or of one where they are recomputed.
-Read next: losses.py"""
+which is DDIM for an eps-model and an Euler step for a flow model. ADT trains through this path under one
+constraint: the network's input is detached, and only K selected steps keep their graph. Then
+    d x0_final / d theta = sum over the K steps of (a schedule scalar) * d y_theta(sg[x_t], t) / d theta,
+which contains no product of network Jacobians: gradients cannot explode along the path, and memory is that of
+K network graphs, or of one with recomputation, however long the path is.
+Read next: losses.py
+"""
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 
-def timeline(T, steps, shift=1.0, last=1.0):
-    """`steps` indices from T-1 downwards, evenly spaced and ending one stride above clean
-    ('trailing' spacing). shift > 1 spends more of them at the noisy end: u -> shift u / (1 + (shift - 1) u);
-    SD3's own tables are shifted already, leave it at 1 there. last: where the first of them lies, as a share
-    of T, for students that are told an earlier time than T at pure noise (add.py)."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"a path has 1 to {T} steps, not {steps}")
+def make_timesteps(T, num_steps, shift=1.0, t_max=1.0):
+    """Timesteps of a sampling path, "trailing" spacing -> (num_steps,) decreasing indices in 0..T-1.
+
+    The first is T-1, the last lies one stride above the cleanest index. shift: > 1 places more steps at the
+    noisy end, u -> shift u / (1 + (shift - 1) u); leave it at 1 for SD3, whose noise schedule is shifted
+    already. t_max: the first timestep as a fraction of T, for students that are given an earlier time than T
+    at pure noise (add.py). ValueError if the path is impossible."""
+    if not 1 <= num_steps <= T:
+        raise ValueError(f"a sampling path has 1 to {T} steps, not {num_steps}")
     if not 0 < shift < float("inf"):
-        raise ValueError(f"shift is a positive number, not {shift}")
-    u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps               # 1 … 1/steps
+        raise ValueError(f"the timestep shift is a positive number, not {shift}")
+    u = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps  # 1 ... 1 / num_steps
     u = shift * u / (1 + (shift - 1) * u)
-    u[0] = last
-    if not 0 < last <= 1 or steps > 1 and u[1] >= last:
-        raise ValueError(f"last is a share of T above the path's next stop, not {last:g}: take fewer steps")
-    return (u * T).round().long().clamp(min=1) - 1                            # (steps,)
+    u[0] = t_max
+    if not 0 < t_max <= 1 or num_steps > 1 and u[1] >= t_max:
+        raise ValueError(f"t_max is a fraction of T above the path's second timestep, not {t_max:g}: "
+                         "take fewer steps")
+    return (u * T).round().long().clamp(min=1) - 1
 
 
-def pick_steps(n, k, how="even", generator=None):
-    """Which of n executed steps keep their graph: a set of k positions (all n if k >= n, never none).
-    even: evenly spaced with a random offset (CoMat, DRTune) · last · random · all."""
+def select_grad_steps(n, k, selection="strided", generator=None):
+    """Which of n steps keep their graph -> a set of k positions in 0..n-1 (all of them if k >= n).
+
+    selection: strided (evenly spaced with a random offset, as in CoMat and DRTune), last, random, all."""
     k = max(1, min(k, n))
-    if how == "all" or k == n:
+    if selection == "all" or k == n:
         return set(range(n))
-    if how == "last":
+    if selection == "last":
         return set(range(n - k, n))
-    if how == "random":
+    if selection == "random":
         return set(torch.randperm(n, generator=generator)[:k].tolist())
-    if how == "even":
+    if selection == "strided":
         offset = torch.rand((), generator=generator, dtype=torch.float64).item()
         return {int((i + offset) * n / k) for i in range(k)}
-    raise ValueError(f"unknown way to pick steps '{how}': wanted even, last, random or all")
+    raise ValueError(f"unknown selection of steps '{selection}': wanted strided, last, random or all")
 
 
-def rollout(model, x, times, cond, uncond=None, guidance=1.0, train=(), leak=0.0, checkpoint=True, fresh=0.0,
-            generator=None, visit=None):
-    """Run the sampler from x = x_{times[0]} to the picture x0 (B, C, h, w).
+def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_steps=(), input_grad_scale=0.0,
+            checkpointing=True, stochasticity=0.0, generator=None, callback=None):
+    """Run the sampler from x at timesteps[0] to the clean latents x0 (B, C, h, w).
 
-    times (n,): decreasing indices. train: positions in it whose network call keeps its graph; elsewhere the
-    output is a constant. leak: how much gradient passes through the network's input (0 is ADT's rule, 1 is
-    plain backpropagation). checkpoint: recompute each network call in the backward pass, so that one graph is
-    alive at a time whatever n and len(train). fresh: share of new noise in each step, 0 = DDIM / Euler, 1 =
-    forget eps entirely. visit(i, x0): called after every step, for pictures of the path."""
-    if not 0 <= fresh <= 1:
-        raise ValueError(f"fresh is a share between 0 and 1, not {fresh}")
-    for i, t in enumerate(times):
+    x: (B, C, h, w) · timesteps: (n,) decreasing indices · cond, uncond: from model.encode_prompts
+    grad_steps: positions in timesteps whose network call keeps its graph; elsewhere its output is a constant
+    input_grad_scale: gradient let through the network's input; 0 is ADT's rule, 1 plain backpropagation
+    checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time
+    stochasticity: fraction of new noise in every step; 0 is DDIM or Euler, 1 replaces eps completely
+    callback(i, x0): called after every step with the current prediction."""
+    if not 0 <= stochasticity <= 1:
+        raise ValueError(f"stochasticity is a fraction from 0 to 1, not {stochasticity}")
+    for i, t in enumerate(timesteps):
         t = t.to(x.device).expand(len(x))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i in train):
-            seen = (x.detach() if leak == 0                  # ADT constraint: sg[x_t]
-                    else x.detach() + leak * (x - x.detach()))
-            if checkpoint and torch.is_grad_enabled():
-                y = recompute(model.predict, seen, t, cond, uncond, guidance, use_reentrant=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i in grad_steps):
+            if input_grad_scale == 0:
+                x_in = x.detach()                                      # ADT constraint: sg[x_t]
             else:
-                y = model.predict(seen, t, cond, uncond, guidance)
-        x0, eps = model.split(x, y, t)                       # the step's linear algebra sees x attached
-        if visit is not None:
-            visit(i, x0)
-        if i + 1 < len(times):
-            if fresh:
+                x_in = x.detach() + input_grad_scale * (x - x.detach())
+            if checkpointing and torch.is_grad_enabled():
+                y = checkpoint(model.predict, x_in, t, cond, uncond, guidance_scale, use_reentrant=False)
+            else:
+                y = model.predict(x_in, t, cond, uncond, guidance_scale)
+        x0, eps = model.to_x0_eps(x, y, t)                             # linear in x: here x keeps its graph
+        if callback is not None:
+            callback(i, x0)
+        if i + 1 < len(timesteps):
+            if stochasticity:
                 noise = torch.randn(x.shape, generator=generator).to(x.device)
-                eps = (1 - fresh ** 2) ** .5 * eps + fresh * noise
-            alpha, sigma = model.at(times[i + 1:i + 2].to(x.device))
-            x = alpha * x0 + sigma * eps                     # ADT path: DDIM and Euler in one line
+                eps = (1 - stochasticity ** 2) ** .5 * eps + stochasticity * noise
+            alpha, sigma = model.alpha_sigma(timesteps[i + 1:i + 2].to(x.device))
+            x = alpha * x0 + sigma * eps                               # ADT path: DDIM and Euler in one line
     return x0
 
 
-def few_step(model, noise, times, cond, fresh=1.0, generator=None, visit=None):
-    """1-4 steps of a distilled model: predict x0, noise it to the next time, repeat. With fresh = 1 exactly
-    the inputs an ADD student is trained on, its own x0 in place of the real one; with less, as noisy, but
-    some of the noise it was given stays, and with it the variety of its pictures. No guidance."""
-    return rollout(model, noise, times, cond, fresh=fresh, generator=generator, visit=visit)
+def sample_few_step(model, noise, timesteps, cond, stochasticity=1.0, generator=None, callback=None):
+    """Sample a distilled student without guidance: predict x0, noise it to the next timestep, repeat.
+
+    noise: (B, C, h, w) ~ N(0, I). With stochasticity 1 the network's inputs are distributed as in ADD's
+    training, with the student's x0 in place of the real one."""
+    return rollout(model, noise, timesteps, cond, stochasticity=stochasticity, generator=generator,
+                   callback=callback)

@@ -1,5 +1,4 @@
-"""Shared by all tests: the repository on the path, one thread for each of several test processes,
-and a denoiser small enough to reason about."""
+"""What all tests share: the import path, one thread per test process, a small denoiser, and short runs."""
 
 import os
 import sys
@@ -11,31 +10,43 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"                      # for the commands that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"                                # for the commands that tests start
     torch.set_num_threads(1)
 
+import add  # noqa: E402
 import adt  # noqa: E402
 import data  # noqa: E402
-import models  # noqa: E402
-from denoiser import Denoiser  # noqa: E402
+import discriminator  # noqa: E402
+import train  # noqa: E402
+from models import loading  # noqa: E402
+from models.denoiser import Denoiser  # noqa: E402
+from models.tiny import noise_schedule  # noqa: E402
 
+DISCRIMINATORS = ["similarity", "asymmetric", "difference", "relativistic", "projected"]  # ADT's
+
+
+# ---------------------------------------------------------------------------------------------- denoisers
 
 class Toy(Denoiser):
-    """Any target on any schedule; the network is one smooth nonlinear layer, in float64,
-    so identities are exact."""
+    """Any prediction type on any schedule. The network is one smooth nonlinear layer in float64, so
+    identities are exact. `calls` holds (x, t_input, whether gradients are on) of every network call."""
 
-    def __init__(self, target="flow", alpha=None, sigma=None):
+    def __init__(self, prediction_type="flow", alpha=None, sigma=None, channels=2):
         if alpha is None:
-            alpha, sigma, _ = models.tables(target)
-        super().__init__(target, alpha, sigma, torch.arange(len(alpha)) / len(alpha))
-        self.network = torch.nn.Conv2d(2, 2, 3, padding=1)
+            alpha, sigma, _ = noise_schedule(prediction_type)
+        super().__init__(prediction_type, alpha, sigma, torch.arange(len(alpha)) / len(alpha))
+        self.network = torch.nn.Conv2d(channels, channels, 3, padding=1)
         self.double()
-        self.alpha, self.sigma = alpha.double(), sigma.double()            # not rounded to float32 on the way
+        self.alpha, self.sigma = alpha.double(), sigma.double()        # the base class rounds to float32
         self.calls = []
 
-    def output(self, x, time, cond):
-        self.calls.append((x.detach().clone(), time.clone(), torch.is_grad_enabled()))
-        return torch.tanh(self.network(x)) * (1 + time.view(-1, 1, 1, 1)) * cond["scale"].view(-1, 1, 1, 1)
+    def forward_network(self, x, t_input, cond):
+        self.calls.append((x.detach().clone(), t_input.clone(), torch.is_grad_enabled()))
+        return torch.tanh(self.network(x)) * (1 + t_input.view(-1, 1, 1, 1)) * cond["scale"].view(-1, 1, 1, 1)
+
+    def timestep(self, t_input):
+        """The inverse of the table t_input -> (B,) int64."""
+        return (t_input * self.T).round().long()
 
     def encode(self, image):
         return image
@@ -43,28 +54,23 @@ class Toy(Denoiser):
     def decode(self, z):
         return z
 
-    def condition(self, captions, frame=None):
-        return {"scale": torch.tensor([1. + len(c) for c in captions], dtype=torch.float64)}
+    def encode_prompts(self, captions, micro_cond=None):
+        scale = torch.tensor([1. + len(c) for c in captions], dtype=self.alpha.dtype)
+        return {"scale": scale, "pooled": scale[:, None]}
 
 
-def build_critic(variant, features, text_width, pool="tokens"):
-    return adt.Config(variant=variant, pool=pool).critic(features, text_width)
-
-
-def overheard(monkeypatch, model):
-    """Every caption vector a network is called with."""
-    heard, predict = [], model.predict
-    def watched(x, t, cond, *rest):
-        heard.append(cond["pooled"].clone())
-        return predict(x, t, cond, *rest)
-    monkeypatch.setattr(model, "predict", watched)
-    return heard
-
-
-def clear(*modules):
-    for module in modules:
-        for p in module.parameters():
-            p.grad = None
+def family_schedule(name):
+    """(prediction_type, alpha, sigma) of the four model families, from diffusers' own schedulers."""
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+    sd_betas = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    if name in ("sd15", "sdxl"):
+        alphas_cumprod = DDPMScheduler(**sd_betas).alphas_cumprod.double()
+        return "eps", alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    if name == "sd2-v-zero-snr":
+        alphas_cumprod = DDPMScheduler(**sd_betas, rescale_betas_zero_snr=True).alphas_cumprod.double()
+        return "v", alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    sigma = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[:1000].flip(0).double()  # sd3
+    return "flow", 1 - sigma, sigma
 
 
 @pytest.fixture
@@ -73,25 +79,120 @@ def toy():
     return Toy
 
 
-def family(name):
-    """(target, alpha, sigma) of the four families the contract must fit, from diffusers' own schedulers."""
-    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-    sd = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
-    if name in ("sd15", "sdxl"):
-        bars = DDPMScheduler(**sd).alphas_cumprod.double()
-        return "eps", bars.sqrt(), (1 - bars).sqrt()
-    if name == "sd2-v-zero-snr":
-        bars = DDPMScheduler(**sd, rescale_betas_zero_snr=True).alphas_cumprod.double()
-        return "v", bars.sqrt(), (1 - bars).sqrt()
-    sigma = FlowMatchEulerDiscreteScheduler(shift=3.0).sigmas[:1000].flip(0).double()      # sd3
-    return "flow", 1 - sigma, sigma
+# ----------------------------------------------------------------------------------------- discriminators
 
+def build_discriminator(kind, backbone, text_dim):
+    """ADT's discriminator of this kind."""
+    return adt.Config(discriminator=kind).build_discriminator(backbone, text_dim)
+
+
+class RandomConv(torch.nn.Module):
+    """A backbone of one random convolution: (B, 3, H, W) -> one map (B, 8, H / 8, W / 8) and its mean."""
+
+    layers = (0,)
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 8, stride=8)
+
+    def forward(self, image):
+        x = self.conv(image)
+        return [x], [x.mean((2, 3))]
+
+
+class LinearHead(torch.nn.Module):
+    """(B, D, h, w) -> tokens (B, N, out_channels), one matrix: its gradient has a closed form."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.linear = torch.nn.Linear(in_channels, out_channels, bias=False)
+
+    def forward(self, x):
+        return self.linear(tokens_of(x))
+
+
+def tokens_of(x):
+    """(B, D, h, w) -> (B, N, D)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+# --------------------------------------------------------------------------------------- small assistants
+
+def record_conditioning(monkeypatch, model):
+    """-> a list that receives the pooled caption embeddings of every call of the model."""
+    recorded, predict = [], model.predict
+
+    def recording_predict(x_t, t, cond, *rest):
+        recorded.append(cond["pooled"].clone())
+        return predict(x_t, t, cond, *rest)
+
+    monkeypatch.setattr(model, "predict", recording_predict)
+    return recorded
+
+
+def zero_grads(*modules):
+    for module in modules:
+        for param in module.parameters():
+            param.grad = None
+
+
+def untrained_params(module):
+    """Names of the parameters without any gradient."""
+    return [name for name, param in module.named_parameters()
+            if param.grad is None or not param.grad.abs().sum() > 0]
+
+
+# --------------------------------------------------------------------------------------------- short runs
+
+def small_settings(args):
+    """Arguments of train.py for a run that takes a second."""
+    settings = ["--set", "batch_size=2", "--set", "warmup_steps_d=0", "--eval-samples", "0"]
+    if "add" not in args:
+        settings += ["--set", "num_inference_steps=2", "--set", "num_grad_steps=1"]
+    return settings
+
+
+def make_trainer(*args):
+    """The Trainer of a short run with these arguments of train.py; nothing is written."""
+    return train.setup(train.parse_args([*small_settings(args), "--steps", "4", *args])[1])[2]
+
+
+def train_run(out, *args):
+    """Run train.py with these arguments -> out, the run folder."""
+    train.main([*small_settings(args), "--output-dir", str(out), *args])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- fixtures
 
 @pytest.fixture(scope="session")
 def glyphs():
-    return data.build("glyphs")
+    return data.build_dataset("glyphs")
 
 
 @pytest.fixture(scope="session")
 def base():
-    return models.build("tiny", "glyphs")
+    """The pretrained tiny model. Shared by all tests of a process: they must not change it."""
+    return loading.load_model("tiny", "glyphs")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return discriminator.FrozenBackbone(loading.load_backbone("tiny", "glyphs"))
+
+
+@pytest.fixture(scope="module")
+def tiny_setup(glyphs, backbone):
+    """model, discriminator (similarity), batch of four."""
+    torch.manual_seed(0)
+    model = loading.load_model("tiny", "glyphs")
+    disc = build_discriminator("similarity", backbone, 128)
+    return model, disc, glyphs.sample_batch(4, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def add_setup(tiny_setup):
+    """model, teacher, discriminator with ADD's defaults, batch of four."""
+    model, similarity_disc, batch = tiny_setup
+    disc = add.Config().build_discriminator(similarity_disc.backbone, 128)
+    return model, model.frozen_copy(), disc, batch

@@ -1,4 +1,4 @@
-"""The ADT algorithm: what starts where, who gets which gradient, and that the adversary alone can teach."""
+"""ADT: where paths start, which gradients each half of a step leaves, and what the discriminator receives."""
 
 import itertools
 from copy import deepcopy
@@ -7,215 +7,375 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import adt
 import data
 import discriminator
-import models
-from conftest import build_critic, clear, overheard
+from conftest import (
+    DISCRIMINATORS,
+    LinearHead,
+    RandomConv,
+    build_discriminator,
+    record_conditioning,
+    tokens_of,
+    untrained_params,
+    zero_grads,
+)
+from discriminator import DiscriminatorInputs
 
-EXACT = adt.Config(path_steps=2, augment=0., instance_noise=0.)            # what is shown is what there is
+# without augmentation the discriminator receives the images themselves
+NO_AUGMENTATION = adt.Config(num_inference_steps=2, augment_strength=0., instance_noise=0.)
 
 
-@pytest.fixture(scope="module")
-def world(glyphs):
-    torch.manual_seed(0)
-    model = models.build("tiny", "glyphs")
-    critic = build_critic("similarity", discriminator.Features(models.features("tiny", "glyphs")), 128)
-    return model, critic, glyphs.batch(4, torch.Generator().manual_seed(0))
+class FixedLogits(torch.nn.Module):
+    """A discriminator that returns the given logits, one value per call, and records its inputs."""
 
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits, self.pairs, self.conds = list(logits), [], []
+
+    def forward(self, real, fake, cond):
+        self.pairs.append((real, fake))
+        self.conds.append(cond)
+        logit = self.logits.pop(0)
+        return [torch.full((len(real), 1), logit) + 0 * fake.mean()]
+
+
+# -------------------------------------------------------------------------------- gradients of the two halves
 
 @pytest.mark.equation("ADT L_G")
-@pytest.mark.parametrize("variant", ["similarity", "twin", "difference", "relative", "projected"])
-def test_after_the_generator_half_only_the_network_holds_gradients(world, variant):
-    model, critic, batch = world
-    critic = build_critic(variant, critic.features, 128).requires_grad_(False)
-    clear(model, critic)
-    terms, fake, _ = adt.generator_loss(model, None, critic, batch, adt.Config(path_steps=4, variant=variant))
-    sum(terms.values()).backward()
-    assert fake.shape == batch.image.shape and set(terms) == {"diff", "adv"}
-    assert all(p.grad is None for p in critic.parameters())
-    assert all(p.grad is None for p in model.text.parameters())
-    assert all(p.grad is not None for p in model.network.parameters())
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_the_generator_half_leaves_gradients_in_the_network_alone(tiny_setup, kind):
+    model, disc, batch = tiny_setup
+    disc = build_discriminator(kind, disc.backbone, 128).requires_grad_(False)
+    zero_grads(model, disc)
+    config = adt.Config(num_inference_steps=4, discriminator=kind)
+    losses, inputs = adt.generator_loss(model, None, disc, batch, config)
+    sum(losses.values()).backward()
+    assert inputs.fake.shape == batch.image.shape
+    assert set(losses) == {"diffusion", "adv"}
+    assert all(param.grad is None for param in disc.parameters())
+    assert all(param.grad is None for param in model.text_encoder.parameters())
+    assert all(param.grad is not None for param in model.network.parameters())
 
 
 @pytest.mark.equation("ADT L_D")
-def test_after_the_discriminator_half_only_the_heads_hold_gradients(world):
-    model, critic, batch = world
-    config = adt.Config(path_steps=4)
-    critic.requires_grad_(False)
-    _, fake, known = adt.generator_loss(model, None, critic, batch, config)
-    clear(model, critic)
-    critic.requires_grad_(True)
-    losses, real, made = adt.discriminator_loss(critic, batch, fake, known, config)
-    losses["D"].backward()
-    assert [d.shape for d in real] == [d.shape for d in made]
-    assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad is not None for p in critic.parameters())
+def test_the_discriminator_half_leaves_gradients_in_the_heads_alone(tiny_setup):
+    model, disc, batch = tiny_setup
+    config = adt.Config(num_inference_steps=4)
+    disc.requires_grad_(False)
+    _, inputs = adt.generator_loss(model, None, disc, batch, config)
+    zero_grads(model, disc)
+    disc.requires_grad_(True)
+    losses, logits_real, logits_fake = adt.discriminator_loss(disc, inputs, config)
+    losses["d"].backward()
+    assert [d.shape for d in logits_real] == [d.shape for d in logits_fake]
+    assert all(param.grad is None for param in model.parameters())
+    assert all(param.grad is not None for param in disc.parameters())
 
 
 @pytest.mark.equation("ADT L_G")
-def test_the_adversarial_term_alone_reaches_every_tensor_of_the_network(world):
-    model, critic, batch = world
+def test_the_adversarial_loss_alone_reaches_every_parameter_of_the_network(tiny_setup):
+    model, disc, batch = tiny_setup
     model = deepcopy(model)
-    for p in model.network.parameters():                     # a zero-initialised layer would hide a dead path
-        torch.nn.init.normal_(p, std=.05)
-    critic.requires_grad_(False)
-    terms, _, _ = adt.generator_loss(model, None, critic, batch, adt.Config(path_steps=3))
-    terms["adv"].backward()
-    silent = [n for n, p in model.network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    for param in model.network.parameters():                           # zero weights would stop a gradient
+        torch.nn.init.normal_(param, std=.05)
+    disc.requires_grad_(False)
+    losses, _ = adt.generator_loss(model, None, disc, batch, adt.Config(num_inference_steps=3))
+    losses["adv"].backward()
+    assert not untrained_params(model.network)
+
+
+def linear_discriminator(kind, scale=1.):
+    """A discriminator of this kind with one layer, on 8 features per token, with linear heads."""
+    torch.manual_seed(1)
+    backbone = discriminator.FrozenBackbone(RandomConv())
+    disc = build_discriminator(kind, backbone, 0)
+    out_channels = 1 if kind in ("relativistic", "projected") else 64
+    for name in ("heads", "heads_real"):
+        if hasattr(disc, name):
+            setattr(disc, name, torch.nn.ModuleList([LinearHead(8, out_channels)]))
+    disc.heads[0].linear.weight.data.mul_(scale)
+    return disc
+
+
+def linear_logits(disc, kind, x, y):
+    """D(x, y) of a linear discriminator, written without the discriminator's own code -> (B, N)."""
+    x, y = (tokens_of(disc.backbone(image)[0]) for image in (x, y))    # (B, N, 8)
+    w = disc.heads[0].linear.weight
+    if kind == "projected":
+        return (y @ w.T)[..., 0]
+    if kind == "relativistic":
+        return ((y - x) @ w.T)[..., 0]
+    if kind == "asymmetric":
+        return ((x @ disc.heads_real[0].linear.weight.T) * (y @ w.T)).sum(-1) / 64 ** .5
+    if kind == "difference":
+        v = disc.diff_heads[0]
+        return (((x - y) @ w.T).abs() @ v.weight.T)[..., 0] + v.bias
+    h_x, h_y = x @ w.T, y @ w.T
+    return disc.scale * (h_x * h_y).sum(-1) / (h_x.norm(dim=-1) * h_y.norm(dim=-1)) + disc.bias
+
+
+@pytest.mark.equation("ADT L_D")
+@pytest.mark.equation("ADT similarity")
+@pytest.mark.equation("ADT comparison")
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_both_images_of_both_pairs_have_their_gradient_in_the_discriminator_loss(kind):
+    """Linear heads on known features: the loss of the augmented pairs, written out, has the same gradient in
+    every weight. Some hinges are active and some are not, so no side's gradient cancels another's."""
+    disc, pairs = linear_discriminator(kind, 4.), []
+    forward = disc.forward
+
+    def record(real, fake, cond):
+        pairs.append((real, fake))
+        return forward(real, fake, cond)
+
+    disc.forward = record
+    real, fake = torch.rand(2, 8, 3, 32, 32) * 2 - 1
+    config = adt.Config(discriminator=kind, augment_strength=1., instance_noise=.2)
+    losses, logits_real, logits_fake = adt.discriminator_loss(disc, DiscriminatorInputs(real, fake, None),
+                                                              config)
+    losses["d"].backward()
+    grads = {name: param.grad.clone() for name, param in disc.named_parameters()}
+    zero_grads(disc)
+    d_real, d_fake = (linear_logits(disc, kind, *pair) for pair in pairs)
+    (F.relu(1 - d_real).mean() + F.relu(1 + d_fake).mean()).backward()
+    for is_active in (logits_real[0] < 1, logits_fake[0] > -1):
+        assert is_active.any() and not is_active.all()
+    for name, param in disc.named_parameters():
+        torch.testing.assert_close(grads[name], param.grad, rtol=1e-3, atol=1e-5)
+        assert param.grad.abs().max() > 1e-3
+
+
+@pytest.mark.equation("ADT comparison")
+def test_the_relativistic_gradient_is_the_difference_of_features_where_the_hinge_is_active():
+    """D(x, y) = w (f(y) - f(x)): the real pair holds the same image twice and gives nothing; the fake pair
+    gives the mean of f(fake) - f(real) over the tokens with D > -1."""
+    disc = linear_discriminator("relativistic", 4.)
+    real, fake = torch.rand(2, 8, 3, 32, 32) * 2 - 1
+    losses, _, logits_fake = adt.discriminator_loss(disc, DiscriminatorInputs(real, fake, None),
+                                                    NO_AUGMENTATION)
+    losses["d"].backward()
+    difference = tokens_of(disc.backbone(fake)[0] - disc.backbone(real)[0])  # (B, N, 8)
+    is_active = logits_fake[0] > -1
+    assert .1 < is_active.float().mean() < .9
+    expected = (difference * is_active[..., None]).mean((0, 1))
+    torch.testing.assert_close(disc.heads[0].linear.weight.grad[0], expected, rtol=1e-3, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- the path
+
+def record_rollouts(monkeypatch):
+    """-> a list that receives (x, timesteps) of every rollout. The other arguments are checked."""
+    recorded = []
+
+    def record(model, x, timesteps, cond, uncond, guidance_scale, grad_steps, input_grad_scale,
+               checkpointing):
+        recorded.append((x, timesteps))
+        assert len(grad_steps) == min(3, len(timesteps))
+        assert grad_steps <= set(range(len(timesteps)))
+        assert (guidance_scale, input_grad_scale, checkpointing) == (2., .3, True)
+        return x
+
+    monkeypatch.setattr(adt.sampler, "rollout", record)
+    return recorded
 
 
 @pytest.mark.equation("ADT start")
-def test_image_start_is_uniform_over_the_path_and_text_start_is_pure_noise(toy, monkeypatch):
-    """What the sampler is handed, recorded: its first time is uniform over the path's steps, its input is
-    alpha x_0 + sigma eps of the real picture, and from the last row nothing of the picture is left."""
-    model, seen = toy(), []
-    def record(model, x, times, cond, uncond, guidance, chosen, leak, checkpoint):
-        seen.append((x, times))
-        assert len(chosen) == min(3, len(times)) and chosen <= set(range(len(times)))
-        assert (guidance, leak, checkpoint) == (2., .3, True)
-        return x
-    monkeypatch.setattr(adt.sampler, "rollout", record)
-    Config = partial(adt.Config, path_steps=5, train_steps=3, guidance=2., leak=.3, checkpoint=True)
-    real = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
-    cond = model.condition(["a"])
+def test_paths_start_at_a_uniform_timestep_of_the_noised_image_or_at_pure_noise(toy, monkeypatch):
+    """rollout_start=image: the first timestep is uniform over the path's, the input is alpha x0 + sigma eps
+    of the real image. noise: the whole path, and nothing of the image in its input."""
+    model, recorded = toy(), record_rollouts(monkeypatch)
+    Config = partial(adt.Config, num_inference_steps=5, num_grad_steps=3, guidance_scale=2.,
+                     input_grad_scale=.3, checkpoint_rollout=True)
+    x0 = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
+    cond = model.encode_prompts(["a"])
     for _ in range(400):
-        adt.simulate(model, real, cond, cond, Config(start="image"))
-    counts = torch.bincount(torch.tensor([len(times) for _, times in seen]), minlength=6)[1:]
-    assert counts.min() > 50 and counts.max() < 115         # 80 expected, five standard deviations either way
-    for x, times in seen[:40]:
-        alpha, sigma = model.at(times[:1])
+        adt.rollout_from_batch(model, x0, cond, cond, Config(rollout_start="image"))
+    counts = torch.bincount(torch.tensor([len(timesteps) for _, timesteps in recorded]), minlength=6)[1:]
+    assert counts.min() > 50 and counts.max() < 115                    # expected: 80 +- 5 standard deviations
+    for x, timesteps in recorded[:40]:
+        assert timesteps.tolist() == [999, 799, 599, 399, 199][-len(timesteps):]
+        alpha, sigma = model.alpha_sigma(timesteps[:1])
         assert abs(x.mean() - 3 * alpha) < 6 * sigma / 64 / 2 ** .5 + 1e-9
         assert abs(x.std() - sigma) < .05
-    seen.clear()
-    for _ in range(60):
-        adt.simulate(model, real, cond, cond, Config(start="image", starts=2))
-    assert {len(times) for _, times in seen} == {4, 5}      # the two noisiest of the path
-    seen.clear()
+    recorded.clear()
     for _ in range(10):
-        adt.simulate(model, real, cond, cond, Config(start="text"))
-    assert all(len(times) == 5 and abs(x.mean()) < .08 for x, times in seen)
+        adt.rollout_from_batch(model, x0, cond, cond, Config(rollout_start="noise"))
+    assert all(len(timesteps) == 5 and abs(x.mean()) < .08 for x, timesteps in recorded)
 
 
-def test_lambda_zero_is_plain_diffusion_training(world):
-    model, critic, batch = world
-    terms, fake, _ = adt.generator_loss(model, None, critic, batch, adt.Config(lambda_adv=0.))
-    assert set(terms) == {"diff"} and fake is None
+@pytest.mark.equation("ADT start")
+def test_one_generator_gives_all_micro_batches_the_same_start_and_steps(toy):
+    model, calls = toy(), []
+    cond = model.encode_prompts(["a"])
+    config = adt.Config(num_inference_steps=8, num_grad_steps=2, rollout_start="image",
+                        grad_step_selection="random")
+    for seed in (0, 0, 1, 2, 3):
+        model.calls.clear()
+        adt.rollout_from_batch(model, torch.randn(1, 2, 4, 4, dtype=torch.float64), cond, cond, config,
+                               torch.Generator().manual_seed(seed))
+        calls.append([(t_input.item(), has_graph) for _, t_input, has_graph in model.calls])
+    assert calls[0] == calls[1]
+    assert len(set(map(tuple, calls))) > 2
 
 
-def test_dropped_captions_are_empty_ones(world):
-    model, critic, batch = world
-    def loss(captions, share):
+# --------------------------------------------------------------------------------------------- diffusion loss
+
+def test_without_adversarial_loss_the_diffusion_loss_is_left(tiny_setup):
+    model, disc, batch = tiny_setup
+    losses, inputs = adt.generator_loss(model, None, disc, batch, adt.Config(lambda_adv=0.))
+    assert set(losses) == {"diffusion"}
+    assert inputs is None
+
+
+def test_dropped_captions_are_empty(tiny_setup):
+    model, disc, batch = tiny_setup
+
+    def diffusion_loss(captions, caption_dropout):
         torch.manual_seed(0)
-        asked = data.Batch(batch.image, captions, batch.truth, batch.named)
-        config = adt.Config(lambda_adv=0., drop_caption=share)
+        config = adt.Config(lambda_adv=0., caption_dropout=caption_dropout)
         with torch.no_grad():
-            return adt.generator_loss(model, None, critic, asked, config)[0]["diff"].item()
-    empty = loss([""] * 4, 0.)
-    assert loss(batch.caption, 1.) == empty != loss(batch.caption, 0.)
+            losses, _ = adt.generator_loss(model, None, disc, replace(batch, caption=captions), config)
+        return losses["diffusion"].item()
+
+    without_caption = diffusion_loss([""] * 4, 0.)
+    assert diffusion_loss(batch.caption, 1.) == without_caption
+    assert diffusion_loss(batch.caption, 0.) != without_caption
 
 
-def test_the_real_picture_may_wear_the_decoders_traces(world):
-    """decode(encode(x_0)) in place of x_0, in both halves, as data."""
-    model, critic, batch = world
-    model = deepcopy(model)
-    plain = model.decode
-    model.decode = lambda z: plain(z) * (.5 if fades else 2.)
-    for real, fades in itertools.product(("photo", "decoded"), (True, False)):          # or oversteps
-        asked, shown = data.Batch(batch.image, batch.caption, batch.truth, batch.named), Recorder(0., 0., 0.)
-        config = replace(EXACT, real=real)
-        _, fake, known = adt.generator_loss(model, None, shown, asked, config)
-        adt.discriminator_loss(shown, asked, fake, known, config)
-        meant = (batch.image * (1. if real == "photo" else .5 if fades else 2.)).clamp(-1, 1)
-        for first, _ in shown.pairs:
-            torch.testing.assert_close(first, meant, atol=1e-5, rtol=0)
-            assert not first.requires_grad
+@pytest.mark.parametrize("caption_dropout", [0., .1, .5])
+def test_the_fraction_of_dropped_captions_is_the_one_set(toy, monkeypatch, caption_dropout):
+    """Captions of three letters have the scale 4 in the toy model, empty ones 1."""
+    model = toy()
+    recorded = record_conditioning(monkeypatch, model)
+    batch = data.Batch(torch.zeros(4000, 2, 1, 1, dtype=torch.float64), ["abc"] * 4000, None, None)
+    adt.generator_loss(model, None, None, batch, adt.Config(lambda_adv=0., caption_dropout=caption_dropout))
+    assert set(recorded[0].flatten().tolist()) <= {1., 4.}
+    assert (recorded[0] == 1).double().mean().item() == pytest.approx(caption_dropout, abs=.04)
 
 
-class Recorder(torch.nn.Module):
-    """A critic that remembers what it was shown and answers with given logits."""
+@pytest.mark.equation("ADT L_diff")
+@pytest.mark.parametrize("scheme,middle_half", [("uniform", .5), ("logit_normal", .728)])
+def test_the_timesteps_of_the_diffusion_loss_follow_timestep_sampling(toy, scheme, middle_half):
+    """The fraction of timesteps in the middle half of the schedule, of those that the network receives."""
+    model = toy()
+    batch = data.Batch(torch.zeros(4000, 2, 1, 1, dtype=torch.float64), ["a"] * 4000, None, None)
+    adt.generator_loss(model, None, None, batch, adt.Config(lambda_adv=0., timestep_sampling=scheme))
+    _, t_input, _ = model.calls[0]
+    is_middle = (t_input > .25) & (t_input < .75)
+    assert is_middle.double().mean().item() == pytest.approx(middle_half, abs=.04)
 
-    def __init__(self, *answers):
-        super().__init__()
-        self.answers, self.pairs = list(answers), []
 
-    def forward(self, real, other, text):
-        self.pairs.append((real, other))
-        return [torch.full((len(real), 1), self.answers.pop(0)) + 0 * other.mean()]
-
+# -------------------------------------------------------------------------------------------- loss values
 
 @pytest.mark.equation("ADT L_D")
-@pytest.mark.parametrize("real,made,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
-def test_discriminator_loss_is_the_hinge_of_the_right_pairs(world, real, made, loss):
-    batch, fake = world[2], torch.zeros_like(world[2].image)
-    critic = Recorder(real, made)
-    found, _, _ = adt.discriminator_loss(critic, batch, fake, None, EXACT)
-    assert found["D"].item() == pytest.approx(loss)
-    for shown, meant in zip(critic.pairs, ((batch.image, batch.image), (batch.image, fake))):
-        torch.testing.assert_close(shown, meant)
+@pytest.mark.parametrize("d_real,d_fake,loss", [(1., -1., 0.), (0., -1., 1.), (1., 3., 4.), (-2., .5, 4.5)])
+def test_the_discriminator_loss_is_the_hinge_of_the_right_pairs(tiny_setup, d_real, d_fake, loss):
+    batch = tiny_setup[2]
+    fake = torch.zeros_like(batch.image)
+    disc = FixedLogits(d_real, d_fake)
+    losses, _, _ = adt.discriminator_loss(disc, DiscriminatorInputs(batch.image, fake, None), NO_AUGMENTATION)
+    assert losses["d"].item() == pytest.approx(loss)
+    for pair, expected in zip(disc.pairs, ((batch.image, batch.image), (batch.image, fake))):
+        torch.testing.assert_close(pair, expected)
 
 
 @pytest.mark.equation("ADT L_G")
-def test_generator_loss_is_the_weighted_sum_with_the_right_signs(world):
-    model, _, batch = world
-    found = []
+def test_the_generator_losses_have_their_weights_and_signs(tiny_setup):
+    model, _, batch = tiny_setup
+    rows = []
     for weight in (.5, 2.):
         torch.manual_seed(4)
-        config = adt.Config(lambda_adv=weight, lambda_diff=3 * weight, path_steps=2)
-        found.append(adt.generator_loss(model, None, Recorder(7.), batch, config)[0])
-    assert [terms["adv"].item() for terms in found] == pytest.approx([-3.5, -14.])
-    assert found[1]["diff"].item() == pytest.approx(4 * found[0]["diff"].item(), rel=1e-3)
-
-
-def test_noise_is_on_both_pictures_of_a_pair_and_its_own_on_each():
-    flat = torch.zeros(64, 3, 32, 32)
-    one, two = adt.pair(flat, flat, adt.Config(augment=0., instance_noise=.1))
-    for seen, strength in ((one, .1), (two, .1), (one - two, .1 * 2 ** .5)):
-        assert seen.std().item() == pytest.approx(strength, rel=.02)
-
-
-@pytest.mark.parametrize("geometry", ["shared", "apart"])
-def test_pairs_differ_in_colour_and_share_their_geometry_if_told(geometry):
-    image = torch.full((32, 3, 32, 32), -1.)
-    image[:, :, 12:20, 12:20] = 1.
-    one, two = adt.pair(image, image, adt.Config(geometry=geometry))
-    def silhouette(x):
-        return x.mean(1) > x.mean(1).amin((1, 2))[:, None, None] + .5
-    same = (silhouette(one) == silhouette(two)).flatten(1).all(1).float().mean()
-    assert same > .9 if geometry == "shared" else same < .5
-    assert (one - two).abs().amax((1, 2, 3)).min() > 1e-3
+        config = adt.Config(lambda_adv=weight, lambda_diff=3 * weight, num_inference_steps=2)
+        rows.append(adt.generator_loss(model, None, FixedLogits(7.), batch, config)[0])
+    assert [losses["adv"].item() for losses in rows] == pytest.approx([-3.5, -14.])
+    assert rows[1]["diffusion"].item() == pytest.approx(4 * rows[0]["diffusion"].item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_batches_of_any_size_work(world, n):
-    model, critic, batch = world
-    small = data.Batch(batch.image[:n], batch.caption[:n], batch.truth[:n], batch.named[:n])
-    terms, fake, known = adt.generator_loss(model, None, critic, small, adt.Config(path_steps=2, guidance=2.))
-    found, _, _ = adt.discriminator_loss(critic, small, fake, known, adt.Config())
-    assert all(v.isfinite() for v in (*terms.values(), *found.values()))
+def test_a_batch_may_have_any_size(tiny_setup, n):
+    model, disc, batch = tiny_setup
+    config = adt.Config(num_inference_steps=2, guidance_scale=2.)
+    losses, inputs = adt.generator_loss(model, None, disc, batch[:n], config)
+    losses_d, _, _ = adt.discriminator_loss(disc, inputs, adt.Config())
+    assert all(loss.isfinite() for loss in (*losses.values(), *losses_d.values()))
 
 
-def test_everybody_hears_the_caption_of_their_own_picture(world, monkeypatch):
-    """The network, off and on its path, and the discriminator: row by row."""
-    model, _, batch = world
-    heard, told = overheard(monkeypatch, model), []
-    class Listener(Recorder):
-        def forward(self, real, other, text):
-            told.append(text)
-            return super().forward(real, other, text)
-    config, said = adt.Config(path_steps=3, drop_caption=0.), model.condition(batch.caption)["pooled"]
-    _, _, known = adt.generator_loss(model, None, Listener(0.), batch, config)
-    assert len(heard) == 4 and len(told) == 1
-    for rows in (*heard, *told, known):
-        torch.testing.assert_close(rows, said)
+@pytest.mark.parametrize("settings,message", [({"num_inference_steps": 0}, "1 or more"),
+                                              ({"num_grad_steps": 0}, "1 or more"),
+                                              ({"ema_decay": 1.}, "ema_decay is below 1"),
+                                              ({"beta1": 1.}, "beta1 is below 1"),
+                                              ({"input_grad_scale": 1.5}, "input_grad_scale is a fraction"),
+                                              ({"caption_dropout": 1.5}, "caption_dropout is a fraction"),
+                                              ({"augment_strength": 1.5}, "augment_strength is a fraction"),
+                                              ({"lambda_adv": 0., "lambda_diff": 0.}, "no loss left")])
+def test_impossible_settings_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        adt.Config(**settings)
 
 
-def test_the_discriminator_is_shown_pictures_in_range(world, monkeypatch):
-    model, _, batch = world
-    decode, shown = model.decode, Recorder(0.)
+# ------------------------------------------------------------------------ what the discriminator receives
+
+def test_the_real_image_may_be_a_vae_reconstruction(tiny_setup):
+    """decode(encode(x0)) in place of x0, in both halves, clamped, as a constant."""
+    model, _, batch = tiny_setup
+    model = deepcopy(model)
+    decode = model.decode
+    for real_images, scale in itertools.product(("original", "vae_reconstruction"), (.5, 2.)):
+        model.decode = lambda z, scale=scale: scale * decode(z)        # fades, or exceeds the range
+        disc = FixedLogits(0., 0., 0.)
+        config = replace(NO_AUGMENTATION, real_images=real_images)
+        _, inputs = adt.generator_loss(model, None, disc, batch, config)
+        adt.discriminator_loss(disc, inputs, config)
+        expected = (batch.image * (1. if real_images == "original" else scale)).clamp(-1, 1)
+        for real, _ in disc.pairs:
+            torch.testing.assert_close(real, expected, atol=1e-5, rtol=0)
+            assert not real.requires_grad
+
+
+def test_instance_noise_is_on_both_images_of_a_pair_and_independent():
+    flat = torch.zeros(64, 3, 32, 32)
+    first, second = adt.augment_pair(flat, flat, adt.Config(augment_strength=0., instance_noise=.1))
+    for image, std in ((first, .1), (second, .1), (first - second, .1 * 2 ** .5)):
+        assert image.std().item() == pytest.approx(std, rel=.02)
+
+
+def test_a_pair_has_one_geometry_and_two_colours():
+    image = torch.full((32, 3, 32, 32), -1.)
+    image[:, :, 12:20, 12:20] = 1.
+    first, second = adt.augment_pair(image, image, adt.Config())
+    is_square, is_square_2 = (x.mean(1) > x.mean(1).amin((1, 2))[:, None, None] + .5 for x in (first, second))
+    assert (is_square == is_square_2).flatten(1).all(1).float().mean() > .9
+    assert (first - second).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("strength", [0., .3, 1.])
+def test_both_images_of_a_pair_are_augmented_with_the_strength_set(strength):
+    """The mean over a flat image is .4 times the mean of three brightnesses, uniform in +- strength."""
+    flat = torch.zeros(4000, 3, 4, 4)
+    config = adt.Config(augment_strength=strength, instance_noise=0.)
+    for image in adt.augment_pair(flat, flat, config):
+        uncut = image.flatten(2).abs().amax(2) * image.flatten(2).sum(2).sign()
+        assert uncut.mean(1).std().item() == pytest.approx(.4 * strength / 3, rel=.1)
+
+
+def test_network_and_discriminator_receive_the_caption_of_each_image(tiny_setup, monkeypatch):
+    """In the diffusion loss, on the path, and in the discriminator: row by row."""
+    model, _, batch = tiny_setup
+    recorded, disc = record_conditioning(monkeypatch, model), FixedLogits(0.)
+    config, text = adt.Config(num_inference_steps=3, caption_dropout=0.), model.encode_prompts(batch.caption)
+    _, inputs = adt.generator_loss(model, None, disc, batch, config)
+    assert len(recorded) == 4 and len(disc.conds) == 1
+    for cond in (*recorded, *disc.conds, inputs.cond):
+        torch.testing.assert_close(cond, text["pooled"])
+
+
+def test_the_discriminator_receives_images_in_range(tiny_setup, monkeypatch):
+    model, _, batch = tiny_setup
+    decode, disc = model.decode, FixedLogits(0.)
     monkeypatch.setattr(model, "decode", lambda z: 5 * decode(z))
-    _, fake, _ = adt.generator_loss(model, None, shown, batch, EXACT)
-    assert fake.abs().max() <= 1
-    torch.testing.assert_close(shown.pairs[0][1], fake)
+    _, inputs = adt.generator_loss(model, None, disc, batch, NO_AUGMENTATION)
+    assert inputs.fake.abs().max() <= 1
+    torch.testing.assert_close(disc.pairs[0][1], inputs.fake)

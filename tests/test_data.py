@@ -1,114 +1,160 @@
-"""Pictures and captions: what the data promise, they keep."""
+"""Data sets: glyphs, Fashion-MNIST, folders, and the command that previews them."""
 
+import gzip
+import hashlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import data
+from conftest import ROOT
 
 
-def g(seed=0):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_world_is_as_rich_as_promised(glyphs):
+# ----------------------------------------------------------------------------------------------------- glyphs
+
+def test_number_of_shapes_fonts_and_colours(glyphs):
     letters = [s for s in glyphs.shapes if s.split()[0] in ("letter", "digit", "capital")]
-    assert (len(letters) == 62 and len(glyphs.shapes) - 62 >= 150
-            and len(set(glyphs.shapes)) == len(glyphs.shapes))
+    assert len(letters) == 62
+    assert len(glyphs.shapes) - 62 >= 150
+    assert len(set(glyphs.shapes)) == len(glyphs.shapes)
     assert len(glyphs.attributes["family"]) >= 3 and len(data.COLOURS) >= 8
     assert {tuple(v) for v in glyphs.variants[:, 2:].tolist()} >= {(0, 0), (1, 0), (0, 1), (1, 1)}
+    assert list(glyphs.attributes) == ["shape", "foreground", "background", "family", "weight", "slant"]
 
 
-def test_the_same_seed_draws_the_same_pictures(glyphs):
-    one, two, other = glyphs.batch(8, g()), glyphs.batch(8, g()), glyphs.batch(8, g(1))
-    assert torch.equal(one.image, two.image) and one.caption == two.caption
-    assert not torch.equal(one.image, other.image)
+def test_same_seed_same_batch(glyphs):
+    first, again, other = (glyphs.sample_batch(8, seeded(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first.image, again.image) and first.caption == again.caption
+    assert not torch.equal(first.image, other.image)
 
 
-def test_pictures_are_antialiased_jittered_and_in_range(glyphs):
-    image = glyphs.batch(256, g()).image
+def test_images_are_antialiased_jittered_and_in_range(glyphs):
+    image = glyphs.sample_batch(256, seeded()).image
     assert image.shape == (256, 3, 32, 32) and image.min() >= -1 and image.max() <= 1
-    variant, ink, ground = (torch.full((9,), v) for v in (3, 1, 0))
-    drawn = glyphs.draw(variant, ink, ground, g())
-    assert (drawn[0] - drawn[1]).abs().mean() > .01          # no two drawings of one glyph agree
-    cover = (drawn.mean(1) + .95) / 1.9
-    assert ((cover > .2) & (cover < .8)).float().mean() > .02                 # soft edges exist
+    variant, foreground, background = (torch.full((9,), index) for index in (3, 1, 0))
+    rendered = glyphs.render(variant, foreground, background, seeded())
+    assert (rendered[0] - rendered[1]).abs().mean() > .01    # one glyph twice: two different images
+    coverage = (rendered.mean(1) + .95) / 1.9
+    assert ((coverage > .2) & (coverage < .8)).float().mean() > .02
 
 
-def test_held_out_compositions_are_never_seen_in_training(glyphs):
-    pairs = {split: {tuple(p) for p in glyphs.batch(30000, g(), split).truth[:, :2].tolist()}
+def test_held_out_pairs_do_not_occur_in_training(glyphs):
+    pairs = {split: {tuple(p) for p in glyphs.sample_batch(30000, seeded(), split).attributes[:, :2].tolist()}
              for split in ("train", "test", "held_out")}
     assert not pairs["held_out"] & (pairs["train"] | pairs["test"])
-    assert len(pairs["held_out"]) == len(glyphs.shapes)      # one ink per shape
-    assert ({s for s, _ in pairs["train"]} == set(range(len(glyphs.shapes)))
-            and {i for _, i in pairs["train"]} == set(range(8)))
+    assert len(pairs["held_out"]) == len(glyphs.shapes)    # one foreground colour of each shape
+    assert {shape for shape, _ in pairs["train"]} == set(range(len(glyphs.shapes)))
+    assert {foreground for _, foreground in pairs["train"]} == set(range(8))
     with pytest.raises(ValueError, match="held_out"):
-        glyphs.batch(1, g(), "validation")
+        glyphs.sample_batch(1, seeded(), "validation")
 
 
-def test_captions_say_what_is_there_and_no_more(glyphs):
-    batch = glyphs.batch(400, g())
-    for text, truth, named in zip(batch.caption, batch.truth.tolist(), batch.named.tolist()):
-        for column, key in enumerate(("ink", "ground", "family"), 1):
-            word = glyphs.attributes[key][truth[column]]
-            assert (f" {word}" in text) or not named[column]
-        assert ("bold" in text) == named[4] and ("italic" in text) == named[5]
-        assert glyphs.shapes[truth[0]] in text and set(text.split()) <= set(glyphs.words)
-        inks = set(text.split(" on ")[0].split()) & set(data.COLOURS)
-        assert inks == ({list(data.COLOURS)[truth[1]]} if named[1] else set())
-        assert (" on " in text) == named[2]
-    assert glyphs.batch(200, g(), "held_out").named[:, 1].all()               # what is unseen is asked for
-    assert 0 < (~batch.named[:, 1]).float().mean() < .5      # some captions forget the ink
+def test_captions_state_the_mentioned_attributes_and_no_others(glyphs):
+    batch = glyphs.sample_batch(400, seeded())
+    colours = list(data.COLOURS)
+    rows = zip(batch.caption, batch.attributes.tolist(), batch.mentioned.tolist())
+    for text, attributes, mentioned in rows:
+        for column, key in enumerate(("foreground", "background", "family"), 1):
+            word = glyphs.attributes[key][attributes[column]]
+            assert f" {word}" in text or not mentioned[column]
+        assert ("bold" in text) == mentioned[4] and ("italic" in text) == mentioned[5]
+        assert glyphs.shapes[attributes[0]] in text and set(text.split()) <= set(glyphs.vocab)
+        foregrounds = set(text.split(" on ")[0].split()) & set(colours)
+        assert foregrounds == ({colours[attributes[1]]} if mentioned[1] else set())
+        assert (" on " in text) == mentioned[2]
+    assert glyphs.sample_batch(200, seeded(), "held_out").mentioned[:, 1].all()
+    assert 0 < (~batch.mentioned[:, 1]).float().mean() < .5
 
 
-def test_ink_never_hides_on_its_own_colour(glyphs):
+def test_foreground_and_background_differ(glyphs):
     for split in ("train", "held_out"):
-        truth = glyphs.batch(2000, g(), split).truth
-        assert (truth[:, 1] != truth[:, 2]).all()
+        attributes = glyphs.sample_batch(2000, seeded(), split).attributes
+        assert (attributes[:, 1] != attributes[:, 2]).all()
 
 
 def test_rendering_is_no_bottleneck(glyphs, base):
-    """Drawing a batch costs at most a fifth of merely running the network once on it, in the same run."""
-    def best(work):
+    """Rendering a batch takes at most a fifth of one forward pass of the network."""
+    def shortest(function):
         times = []
         for _ in range(7):
-            began = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - began)
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
         return min(times)
-    batch = glyphs.batch(32)
-    with torch.no_grad():
-        z, cond, t = base.encode(batch.image), base.condition(batch.caption), torch.full((32,), 500)
-        assert best(lambda: glyphs.batch(32)) < best(lambda: base.predict(z, t, cond)) / 5
 
+    batch = glyphs.sample_batch(32)
+    with torch.no_grad():
+        z, cond, t = base.encode(batch.image), base.encode_prompts(batch.caption), torch.full((32,), 500)
+        assert shortest(lambda: glyphs.sample_batch(32)) < shortest(lambda: base.predict(z, t, cond)) / 5
+
+
+def test_a_slice_of_a_batch_and_another_resolution(glyphs):
+    batch = glyphs.sample_batch(4, seeded())
+    part = batch[1:3]
+    assert torch.equal(part.image, batch.image[1:3]) and part.caption == batch.caption[1:3]
+    assert torch.equal(part.attributes, batch.attributes[1:3]) and part.micro_cond is None
+    resized = batch.to("cpu", 48)
+    assert resized.image.shape == (4, 3, 48, 48) and resized.image.abs().max() <= 1
+    assert torch.equal(batch.to("cpu", 32).image, batch.image)
+
+
+# ---------------------------------------------------------------------------------------------- Fashion-MNIST
 
 def test_fashion_is_fashion_mnist():
-    fashion = data.build("fashion")
-    batch = fashion.batch(500, g(), "test")
+    fashion = data.build_dataset("fashion")
+    batch = fashion.sample_batch(500, seeded(), "test")
     assert batch.image.shape == (500, 3, 32, 32) and len(fashion.labels["train"]) == 60000
     assert torch.equal(batch.image[:, 0], batch.image[:, 2]) and batch.image[:, :, :2].max() == -1
     assert torch.bincount(fashion.labels["test"]).tolist() == [1000] * 10
     assert "a photo of an ankle boot" in batch.caption
+    parts = list(fashion.iter_batches(500, 300, seeded(), "test"))
+    assert [len(part.caption) for part in parts] == [300, 200]
+    assert torch.equal(torch.cat([part.image for part in parts]), batch.image)
 
 
-def test_fashion_missing_says_all_three_ways(tmp_path, monkeypatch):
+def test_missing_fashion_names_all_three_remedies(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(data.FASHION_MD5, "train-images-idx3-ubyte", "no such sum")
-    monkeypatch.setattr(data, "FASHION_HOME", "http://127.0.0.1:9/")
+    monkeypatch.setattr(data, "FASHION_URL", "http://127.0.0.1:9/")
     with pytest.raises(FileNotFoundError, match="apt install.*download failed.*put the four"):
-        data.fashion_file("train-images-idx3-ubyte")
+        data.fashion_bytes("train-images-idx3-ubyte")
 
 
-# ------------------------------------------------------------------------------------------------ your folder
+@pytest.mark.parametrize("is_writable", [True, False])
+def test_a_download_is_checked_and_cached_where_that_is_possible(tmp_path, monkeypatch, is_writable):
+    content = b"pixels"
+    monkeypatch.setitem(data.FASHION_MD5, "name", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(gzip.compress(content)))
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if not is_writable:
+        cache.write_text("a file where the folder should be")
+    assert data.fashion_bytes("name") == content
+    assert (cache / "fashion-mnist" / "name.gz").is_file() == is_writable
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: io.BytesIO(b"damaged"))
+    if is_writable:
+        assert data.fashion_bytes("name") == content
+    else:
+        with pytest.raises(FileNotFoundError, match="download failed"):
+            data.fashion_bytes("name")
 
-def folder(path, n=3, table=True):
+
+# -------------------------------------------------------------------------------------------------- a folder
+
+def make_image_folder(path, n=3, table=True):
+    """n images with the captions 'a picture 0', 'a picture 1', ... in metadata.jsonl or in .txt files."""
     path.mkdir(exist_ok=True)
     rows = []
     for i in range(n):
@@ -123,135 +169,171 @@ def folder(path, n=3, table=True):
 
 @pytest.mark.parametrize("table", [True, False])
 def test_both_conventions_of_a_folder(tmp_path, table):
-    source = data.build(str(folder(tmp_path / "mine", table=table)))
-    batch = source.batch(64, g())
-    assert (batch.image.shape == (64, 3, 32, 32)
-            and set(batch.caption) == {"a picture 0", "a picture 1", "a picture 2"})
-    assert source.name == "mine"
-    for image, text in zip(batch.image, batch.caption):      # the right caption stays with the right picture
+    dataset = data.build_dataset(str(make_image_folder(tmp_path / "mine", table=table)))
+    batch = dataset.sample_batch(64, seeded())
+    assert batch.image.shape == (64, 3, 32, 32)
+    assert set(batch.caption) == {"a picture 0", "a picture 1", "a picture 2"}
+    assert dataset.name == "mine"
+    for image, text in zip(batch.image, batch.caption):
         assert abs((image[0].mean() + 1) * 127.5 - 80 * int(text[-1])) < 1
+    assert [dataset.all_captions[i] for i in batch.attributes[:, 0]] == batch.caption
 
 
-def test_bad_folders_each_get_a_sentence(tmp_path):
-    def complaint(path):
-        with pytest.raises((ValueError, OSError)) as caught:
-            data.build(str(path))
-        return str(caught.value)
-
-    assert "wanted glyphs, fashion, or a folder" in complaint(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "no images" in complaint(tmp_path / "empty")
-    (folder(tmp_path / "silent", table=False) / "1.txt").unlink()
-    assert "no caption, first 1.png" in complaint(tmp_path / "silent")
-    (folder(tmp_path / "broken") / "2.png").write_bytes(b"this is no picture")
-    assert "2.png" in complaint(tmp_path / "broken")
-    (folder(tmp_path / "cut") / "2.png").write_bytes((tmp_path / "cut" / "2.png").read_bytes()[:60])
-    assert "2.png" in complaint(tmp_path / "cut")
-    (folder(tmp_path / "table") / "metadata.jsonl").write_text('{"file_name": "0.png"}')
-    assert "line 1" in complaint(tmp_path / "table")
-    (folder(tmp_path / "out") / "metadata.jsonl").write_text('{"file_name": "../broken/0.png", "text": "a"}')
-    assert "outside" in complaint(tmp_path / "out")
-    (folder(tmp_path / "null") / "metadata.jsonl").write_text('{"file_name": "0.png", "text": null}')
-    assert "line 1" in complaint(tmp_path / "null")
-    (folder(tmp_path / "latin", table=False) / "1.txt").write_bytes("für".encode("latin-1"))
-    assert "UTF-8" in complaint(tmp_path / "latin")
-    (folder(tmp_path / "gone") / "0.png").unlink()
-    assert "0.png" in complaint(tmp_path / "gone")
-
-
-def test_what_a_data_folder_may_not_do(tmp_path, monkeypatch):
-    """No file of it leads out, none is a program, none waits for ever, none fills the memory."""
-    def complaint(name, prepare, table=True):
-        prepare(folder(tmp_path / name, table=table))
-        with pytest.raises((ValueError, OSError)) as caught:
-            data.build(str(tmp_path / name))
-        return str(caught.value)
-
-    (tmp_path / "secret").write_text("root:x:0:0")
-    (tmp_path / "elsewhere.jsonl").write_text('{"file_name": "0.png", "text": "a"}')
-    def link(name, target):
-        return lambda path: ((path / name).unlink(), (path / name).symlink_to(target))
-    assert "1.txt lies outside" in complaint("caption", link("1.txt", tmp_path / "secret"), table=False)
-    assert "jsonl lies outside" in complaint("table", link("metadata.jsonl", tmp_path / "elsewhere.jsonl"))
-    assert "lies outside" in complaint("picture", link("0.png", tmp_path / "caption" / "2.png"))
-    called = tmp_path / "called"
-    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {called}\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-    assert "0.png" in complaint("program", lambda path: (path / "0.png").write_bytes(program))
-    assert not called.exists()
-    def pipe(path):
-        (path / "0.png").unlink(), os.mkfifo(path / "0.png")
-    assert "no such file" in complaint("pipe", pipe)
-    assert "32 bits" in complaint("deep", lambda path: Image.new("F", (9, 9)).save(path / "0.png", "TIFF"))
-    def vast(path):
-        Image.new("1", (12000, 9000)).save(path / "0.png")
-    assert "100 million pixels" in complaint("vast", vast)
-
-
-def test_a_snapshot_of_the_hub_is_a_folder_of_links(tmp_path):
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "3f2a"
-    folder(blobs, n=4)
-    snapshot.mkdir(parents=True)
-    for path in blobs.iterdir():
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    assert len(set(data.build(str(snapshot)).batch(4, g()).caption)) == 4
-
-
-def test_tables_may_be_csv_and_parquet_says_what_it_needs(tmp_path):
-    path = folder(tmp_path / "mine")
-    (path / "metadata.jsonl").unlink()
-    (path / "metadata.csv").write_text('file_name,text\n1.png,"a cat, asleep"\n2.png,a dog\n')
-    source = data.build(str(path))
-    assert source.captions == ["a cat, asleep", "a dog"]
-    assert [p.name for p in source.paths] == ["1.png", "2.png"]
-    (path / "metadata.csv").write_text("picture,text\n1.png,a cat\n")
-    with pytest.raises(ValueError, match="metadata.csv line 2: wanted"):
-        data.build(str(path))
-    (path / "metadata.csv").rename(path / "metadata.parquet")
-    with pytest.raises(ValueError, match="pip install pyarrow|cannot read"):
-        data.build(str(path))
-
-
-def test_a_few_broken_images_are_named_and_left_out(tmp_path, monkeypatch, capsys):
-    path = folder(tmp_path / "many", n=120)
+def test_a_few_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    path = make_image_folder(tmp_path / "many", n=120)
     (path / "7.png").write_bytes(b"no picture")
-    for keep in (2 ** 30, 0):                                # in memory, or read when asked for
-        monkeypatch.setattr(data, "KEEP", keep)
-        source = data.build(str(path))
-        captions = source.batch(119, g()).caption
+    for cache_bytes in (2 ** 30, 0):    # kept in memory, or read when sampled
+        monkeypatch.setattr(data, "CACHE_BYTES", cache_bytes)
+        dataset = data.build_dataset(str(path))
+        captions = dataset.sample_batch(119, seeded()).caption
         assert len(set(captions)) == 119 and "a picture 7" not in captions
         assert "7.png" in capsys.readouterr().out
     for i in (8, 9):
         (path / f"{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot read the image .* of 120 images are broken"):
-        data.build(str(path)).batch(119, g())
+        data.build_dataset(str(path)).sample_batch(119, seeded())
 
 
-def test_what_memory_keeps_and_what_disk_gives_is_the_same(tmp_path, monkeypatch):
-    path = folder(tmp_path / "mine", n=12)
-    kept = data.build(str(path)).batch(5, g())
-    monkeypatch.setattr(data, "KEEP", 0)
-    read = data.build(str(path)).batch(5, g())
-    assert torch.equal(kept.image, read.image) and kept.caption == read.caption
-    assert torch.equal(kept.frame, read.frame)
+def test_images_in_memory_and_on_disk_give_the_same_batch(tmp_path, monkeypatch):
+    path = make_image_folder(tmp_path / "mine", n=12)
+    cached = data.build_dataset(str(path)).sample_batch(5, seeded())
+    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    dataset = data.build_dataset(str(path))
+    loaded = dataset.sample_batch(5, seeded())
+    assert dataset.image_cache is None and torch.equal(cached.image, loaded.image)
+    assert cached.caption == loaded.caption and torch.equal(cached.micro_cond, loaded.micro_cond)
+    parts = list(dataset.iter_batches(5, 3, seeded()))
+    assert torch.equal(torch.cat([part.image for part in parts]), loaded.image)
 
 
-def test_the_frame_says_what_was_cut(tmp_path):
-    Image.new("RGB", (40, 60)).save(folder(tmp_path / "mine", n=1) / "0.png")
-    batch = data.build(str(tmp_path / "mine")).batch(1)
-    assert batch.frame.tolist() == [[60, 40, 8, 0]]          # 40x60 -> 32x48, eight rows above, eight below
+def test_micro_cond_is_the_original_size_and_what_was_cut_off(tmp_path):
+    Image.new("RGB", (40, 60)).save(make_image_folder(tmp_path / "mine", n=1) / "0.png")
+    batch = data.build_dataset(str(tmp_path / "mine")).sample_batch(1)
+    assert batch.micro_cond.tolist() == [[60, 40, 8, 0]]    # 40x60 -> 32x48, eight rows above, eight below
     Image.new("RGB", (128, 64)).save(tmp_path / "mine" / "0.png")
-    assert data.build(str(tmp_path / "mine"), 16).batch(1).frame.tolist() == [[64, 128, 0, 8]]
+    batch = data.build_dataset(str(tmp_path / "mine"), 16).sample_batch(1)
+    assert batch.micro_cond.tolist() == [[64, 128, 0, 8]]
+
+
+def test_a_fingerprint_identifies_the_data(tmp_path, glyphs):
+    """Two folders of one name differ in it; a copy elsewhere does not, whatever the order of its table."""
+    def fingerprint(path):
+        dataset = data.build_dataset(str(path))
+        assert dataset.name == "mine"
+        return dataset.fingerprint
+
+    first, copy = tmp_path / "mine", tmp_path / "other" / "mine"
+    copy.parent.mkdir()
+    for path in (first, copy):
+        make_image_folder(path)
+    original = fingerprint(first)
+    assert len(original) == 16 and int(original, 16) >= 0
+    table = copy / "metadata.jsonl"
+    table.write_text("\n".join(reversed(table.read_text().split("\n"))))
+    assert fingerprint(copy) == original
+    table.write_text(table.read_text().replace("a picture 1", "a picture l"))
+    assert fingerprint(copy) != original
+    make_image_folder(copy)
+    (copy / "1.png").write_bytes((copy / "1.png").read_bytes() + b"\0")
+    assert fingerprint(copy) != original
+    make_image_folder(copy)
+    (copy / "1.png").rename(copy / "one.png")
+    table.write_text(table.read_text().replace('"1.png"', '"one.png"'))
+    assert fingerprint(copy) != original
+    assert glyphs.fingerprint == "glyphs" and data.Fashion.fingerprint == "fashion"
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+def run_data(*args, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, ROOT / "data.py", *args], cwd=cwd, capture_output=True, text=True,
+                          errors="replace", env=os.environ | env)
 
 
 def test_contact_sheet_command(tmp_path):
     for name in ("glyphs", "fashion"):
         path = tmp_path / f"{name}.png"
-        done = subprocess.run([sys.executable, "data.py", "--show", name, "--out", path], cwd=ROOT,
-                              capture_output=True)
+        done = run_data("--preview", name, "--output", path)
         assert done.returncode == 0 and Image.open(path).size[0] > 1000
-    done = subprocess.run([sys.executable, "data.py", "--show", "cats"], cwd=ROOT, capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and "no data set 'cats'" in done.stderr and "Traceback" not in done.stderr
+        assert [file.name for file in tmp_path.glob("*.part")] == []
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--preview", "cats"], "no data set 'cats'"),
+    (["--preview", ""], "no data set ''"),
+    (["--preview", "README.md"], "no data set"),
+    (["--preview", "glyphs", "--output", "/nowhere/x.png"], "in a folder that exists"),
+    (["--preview", "glyphs", "--output", "tests"], "wanted a file name ending in .png"),
+    (["--preview", "glyphs", "--seed", "99999999999999999999"], "--seed"),
+    (["--preview", "glyphs", "--seed", "-1"], "--seed")])
+def test_bad_arguments_get_a_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in error and error.count("\n") == 1
+
+
+def test_preview_of_the_current_folder_has_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(make_image_folder(tmp_path / "mine"))
+    data.main(["--preview", "."])
+    assert Image.open(tmp_path / "mine" / "mine.png").size[0] > 1000
+    assert "in the data folder" in capsys.readouterr().out
+    (tmp_path / "mine" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "mine" / "sub")
+    data.main(["--preview", ".."])
+    assert (tmp_path / "mine" / "sub" / "mine.png").is_file()
+
+
+def folder_with_odd_names(path):
+    """120 images, one of them unreadable, and three files that are no images. Some names have characters
+    beyond Latin-1, a byte that is not UTF-8, or control characters."""
+    folder = make_image_folder(path, n=119, table=False)
+    for name in ("図.avif", os.fsdecode(b"\xff.avif"), "a\n\x1b[31m.avif", "図.png"):
+        (folder / name).write_bytes(b"")
+    (folder / "図.txt").write_text("broken")
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+def test_messages_survive_any_encoding(tmp_path, monkeypatch, encoding):
+    folder = folder_with_odd_names(tmp_path / "図")
+    stdout = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding=encoding, errors="strict"))
+    assert len(data.build_dataset(str(folder)).unreadable) == 1
+    sys.stdout.flush()
+    lines = stdout.getvalue().decode(encoding).splitlines()
+    assert len(lines) == 2 and "left out: 3 file" in lines[0] and "cannot be read" in lines[1]
+    assert ("図.png" if encoding == "utf-8" else "\\u56f3.png") in lines[1]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_the_command_survives_an_encoding_without_the_characters(tmp_path):
+    folder = folder_with_odd_names(tmp_path / "図")
+    done = run_data("--preview", folder, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0 and "wrote \\u56f3.png" in done.stdout and done.stderr.isascii()
+    assert (tmp_path / "図.png").is_file()
+    (folder / "図.txt").unlink()
+    done = run_data("--preview", folder, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    assert done.returncode == 2 and "no caption" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_during_the_imports_is_exit_code_130():
+    process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / "data.py", "--preview", "glyphs",
+                                "--output", "x.txt"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:    # one line per imported module
+        if "argparse" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in error
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr(data, "contact_sheet", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--preview", "glyphs", "--output", "x.png"])
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err

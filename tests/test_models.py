@@ -1,117 +1,94 @@
-"""The contract: one linear identity for every target and family, and the tiny model that fulfils it."""
+"""The denoiser interface: one linear identity for every prediction type and model family. The tiny model, the
+loading of pretrained networks and of their files."""
 
 import pytest
 import torch
-from conftest import Toy, family
 
-import models
+from conftest import Toy, family_schedule
+from models import loading
+from models.backbones import EvalClassifier, TinyCNN, TinyViT
+from models.tiny import TinyDenoiser, noise_schedule
+from utils.checkpoint import save_weights
 
-TIMES = torch.tensor([0, 1, 249, 500, 998, 999])
+PREDICTION_TYPES = "eps", "x0", "v", "flow"
+TIMESTEPS = torch.tensor([0, 1, 249, 500, 998, 999])
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-@pytest.mark.parametrize("name", ["sd15", "sd2-v-zero-snr", "sd3", "tiny"])
-def test_split_undoes_training_target_for_every_target_and_family(target, name):
-    alpha, sigma = models.tables("flow")[:2] if name == "tiny" else family(name)[1:]
-    if target == "eps" and alpha[-1] < 1e-6:
+# ----------------------------------------------------------------------------------------------- identities
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("family", ["sd15", "sd2-v-zero-snr", "sd3", "tiny"])
+def test_to_x0_eps_inverts_training_target(prediction_type, family):
+    """For every prediction type on the schedule of every family."""
+    alpha, sigma = noise_schedule("flow")[:2] if family == "tiny" else family_schedule(family)[1:]
+    if prediction_type == "eps" and alpha[-1] < 1e-6:
         if alpha[-1] == 0:
             with pytest.raises(ValueError, match="alpha_T > 0"):
-                Toy(target, alpha, sigma)
+                Toy(prediction_type, alpha, sigma)
         return
-    model = Toy(target, alpha, sigma)
-    x0, eps = torch.randn(2, len(TIMES), 2, 4, 4, dtype=torch.float64)
-    x = model.add_noise(x0, TIMES, eps)
-    back_x0, back_eps = model.split(x, model.training_target(x0, eps, TIMES), TIMES)
-    known = sigma[TIMES] > 1e-4 if target == "x0" else torch.ones(len(TIMES), dtype=torch.bool)
-    torch.testing.assert_close(back_x0, x0, rtol=0, atol=1e-6)
-    torch.testing.assert_close(back_eps[known], eps[known], rtol=0, atol=1e-5)
+    model = Toy(prediction_type, alpha, sigma)
+    x0, eps = torch.randn(2, len(TIMESTEPS), 2, 4, 4, dtype=torch.float64)
+    x_t = model.add_noise(x0, TIMESTEPS, eps)
+    y = model.training_target(x0, eps, TIMESTEPS)
+    solved_x0, solved_eps = model.to_x0_eps(x_t, y, TIMESTEPS)
+    # an x0-model's eps is undetermined where there is no noise
+    determined = sigma[TIMESTEPS] > (1e-4 if prediction_type == "x0" else -1)
+    torch.testing.assert_close(solved_x0, x0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(solved_eps[determined], eps[determined], rtol=0, atol=1e-5)
 
 
-def test_all_targets_describe_the_same_picture():
-    """Perfect networks of the four targets give the same next point:
-    what is predicted is a matter of taste."""
-    alpha, sigma = family("sd15")[1:]
+def test_perfect_networks_of_all_prediction_types_give_the_same_x0():
+    alpha, sigma = family_schedule("sd15")[1:]
     x0, eps = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([10, 500, 999])
-    found = []
-    for target in ("eps", "x0", "v", "flow"):
-        model = Toy(target, alpha, sigma)
-        found.append(model.split(model.add_noise(x0, t, eps), model.training_target(x0, eps, t), t)[0])
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-9)
+    for prediction_type in PREDICTION_TYPES:
+        model = Toy(prediction_type, alpha, sigma)
+        solved_x0, _ = model.to_x0_eps(model.add_noise(x0, t, eps), model.training_target(x0, eps, t), t)
+        torch.testing.assert_close(solved_x0, x0, rtol=0, atol=1e-9)
 
 
-def test_flow_target_is_the_derivative_of_the_path():
-    """d x_sigma / d sigma by a finite difference of the forward process itself."""
+def test_flow_target_is_the_derivative_of_the_forward_process():
+    """d x_sigma / d sigma, by a finite difference."""
     model = Toy("flow")
     x0, eps = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64)
-    low, high = torch.tensor([400]), torch.tensor([401])
+    t, t_next = torch.tensor([400]), torch.tensor([401])
     step = (model.sigma[401] - model.sigma[400]).item()
-    slope = (model.add_noise(x0, high, eps) - model.add_noise(x0, low, eps)) / step
-    torch.testing.assert_close(slope, model.training_target(x0, eps, low), rtol=1e-6, atol=1e-6)
+    derivative = (model.add_noise(x0, t_next, eps) - model.add_noise(x0, t, eps)) / step
+    torch.testing.assert_close(derivative, model.training_target(x0, eps, t), rtol=1e-6, atol=1e-6)
 
 
 def test_v_target_is_the_derivative_along_the_circle():
-    """On a variance-preserving schedule v = d x / d angle, the angle being atan2(sigma, alpha)."""
+    """On a variance-preserving schedule v = d x / d angle, with angle = atan2(sigma, alpha)."""
     angle = torch.linspace(.1, 1.4, 2001, dtype=torch.float64)
     model = Toy("v", angle.cos(), angle.sin())
     x0, eps = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64)
-    low, middle, high = (torch.tensor([i]) for i in (999, 1000, 1001))
-    slope = (model.add_noise(x0, high, eps) - model.add_noise(x0, low, eps)) / (angle[1001] - angle[999])
-    torch.testing.assert_close(slope, model.training_target(x0, eps, middle), rtol=1e-5, atol=1e-6)
+    before, t, after = (torch.tensor([i]) for i in (999, 1000, 1001))
+    difference = model.add_noise(x0, after, eps) - model.add_noise(x0, before, eps)
+    derivative = difference / (angle[1001] - angle[999])
+    torch.testing.assert_close(derivative, model.training_target(x0, eps, t), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-def test_the_tiny_network_is_left_what_a_line_cannot_say(target):
-    """Of pictures with the assumed spread, its input and its task have unit variance, and the task is
-    uncorrelated with x_t: no line through x_t does better."""
-    model = models.TinyDenoiser(["a"], target).double()
-    seen = {}
-    def network(x, *rest):
-        seen["x"] = x
-        return torch.zeros_like(x)
-    model.network.forward = network
-    x0, eps = torch.randn(2, 3, 12, 160, 160, dtype=torch.float64)
-    x0, t = .8 * x0, torch.tensor([99, 499, 899])
-    x, y = model.add_noise(x0, t, eps), model.training_target(x0, eps, t)
-    line = model.predict(x, t, model.condition([""] * 3))
-    task = (y - line) / model.gain[t].view(-1, 1, 1, 1)
-    for i in range(3):
-        assert abs(seen["x"][i].std() - 1) < .01 and abs(task[i].std() - 1) < .01
-        assert abs((task[i] * x[i]).mean()) < .01
-
-
-def test_at_pure_noise_only_the_network_speaks():
-    """A flow's linear part takes all of the noise away: the one-step picture is -gain F."""
-    model = models.TinyDenoiser(["a"])
-    torch.nn.init.normal_(model.network.leave[2].weight, std=.1)
-    eps, t, cond = torch.randn(2, 12, 16, 16), torch.tensor([999, 999]), model.condition(["", ""])
-    y = model.predict(eps, t, cond)
-    made = model.network(eps, torch.ones(2), cond["text"], cond["mask"], cond["pooled"])
-    torch.testing.assert_close(model.split(eps, y, t)[0], -.8 * made, rtol=0, atol=1e-4)
-
-
-def test_terminal_time_contains_nothing_of_x0():
+def test_terminal_timestep_contains_nothing_of_x0():
     model = Toy("flow")
     eps = torch.randn(1, 2, 4, 4, dtype=torch.float64)
-    one, two = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64)
+    x0_a, x0_b = torch.randn(2, 1, 2, 4, 4, dtype=torch.float64)
     t = torch.tensor([999])
-    assert torch.equal(model.add_noise(one, t, eps), model.add_noise(two, t, eps))
+    assert torch.equal(model.add_noise(x0_a, t, eps), model.add_noise(x0_b, t, eps))
 
 
-def test_fractional_times_read_between_the_rows():
+def test_fractional_timesteps_interpolate_between_two_entries():
     model = Toy("flow")
-    alpha, sigma = model.at(torch.tensor([10.25, 999.0]).double())
+    alpha, sigma = model.alpha_sigma(torch.tensor([10.25, 999.0]).double())
     torch.testing.assert_close(sigma.flatten(), torch.tensor([.01125, 1.]).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close((alpha + sigma).flatten(), torch.ones(2).double(), rtol=0, atol=1e-6)
 
 
-def test_guidance_is_an_extrapolation_and_one_means_off(toy):
+def test_guidance_is_an_extrapolation_and_scale_one_turns_it_off(toy):
     model = toy()
     x, t = torch.randn(2, 2, 4, 4, dtype=torch.float64), torch.tensor([5, 900])
-    cond, uncond = model.condition(["ab", "c"]), model.condition([""])
-    both = {"scale": uncond["scale"].expand(2)}
-    y_c, y_u = model.predict(x, t, cond), model.predict(x, t, both)
+    cond, uncond = model.encode_prompts(["ab", "c"]), model.encode_prompts([""])
+    y_c = model.predict(x, t, cond)
+    y_u = model.predict(x, t, {"scale": uncond["scale"].expand(2)})
     torch.testing.assert_close(model.predict(x, t, cond, uncond, 1.0), y_c)
     torch.testing.assert_close(model.predict(x, t, cond, uncond, 0.0), y_u)
     torch.testing.assert_close(model.predict(x, t, cond, uncond, 3.0), y_u + 3 * (y_c - y_u))
@@ -119,56 +96,163 @@ def test_guidance_is_an_extrapolation_and_one_means_off(toy):
         model.predict(x, t, cond, None, 2.0)
 
 
-@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
-def test_tiny_model_runs_and_is_exactly_invertible(target, glyphs):
-    model = models.TinyDenoiser(glyphs.words, target)
+def test_frozen_copy_keeps_its_weights_when_the_model_is_trained(toy):
+    model = toy()
+    x, t, cond = torch.randn(1, 2, 4, 4).double(), torch.tensor([500]), model.encode_prompts(["a"])
+    frozen = model.frozen_copy()
+    before = model.predict(x, t, cond)
+    with torch.no_grad():
+        model.network.weight.add_(1)
+    assert torch.equal(frozen.predict(x, t, cond), before)
+    assert not torch.equal(model.predict(x, t, cond), before)
+    assert model.network.weight.requires_grad and not frozen.network.weight.requires_grad
+
+
+# -------------------------------------------------------------------------------------------- the tiny model
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_preconditioning_leaves_what_no_line_through_x_t_predicts(prediction_type):
+    """For data with root mean square sigma_data, the network's input and target have unit variance, and the
+    target is uncorrelated with x_t."""
+    model = TinyDenoiser(["a"], prediction_type).double()
+    inputs = []
+    def zero_network(x, *args):
+        inputs.append(x)
+        return torch.zeros_like(x)
+    model.network.forward = zero_network
+    x0, eps = torch.randn(2, 3, 12, 160, 160, dtype=torch.float64)
+    x0, t = .8 * x0, torch.tensor([99, 499, 899])
+    x_t, y = model.add_noise(x0, t, eps), model.training_target(x0, eps, t)
+    linear_part = model.predict(x_t, t, model.encode_prompts([""] * 3))
+    network_target = (y - linear_part) / model.c_out[t].view(-1, 1, 1, 1)
+    for i in range(3):
+        assert abs(inputs[0][i].std() - 1) < .01
+        assert abs(network_target[i].std() - 1) < .01
+        assert abs((network_target[i] * x_t[i]).mean()) < .01
+
+
+def test_at_pure_noise_x0_comes_from_the_network_alone():
+    """A flow's linear part removes all of the noise: one-step x0 is -c_out F."""
+    model = TinyDenoiser(["a"])
+    torch.nn.init.normal_(model.network.conv_out[2].weight, std=.1)
+    eps, t, cond = torch.randn(2, 12, 16, 16), torch.tensor([999, 999]), model.encode_prompts(["", ""])
+    y = model.predict(eps, t, cond)
+    output = model.network(eps, torch.ones(2), cond["text"], cond["mask"], cond["pooled"])
+    torch.testing.assert_close(model.to_x0_eps(eps, y, t)[0], -.8 * output, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_tiny_model_runs_and_its_latents_are_exactly_invertible(prediction_type, glyphs):
+    model = TinyDenoiser(glyphs.vocab, prediction_type)
     image = torch.rand(3, 3, 32, 32) * 2 - 1
     z = model.encode(image)
-    assert z.shape == (3, 12, 16, 16) and torch.equal(model.decode(z), image)
-    cond = model.condition(["a red umbrella", "", "a letter g on blue"])
-    y = model.predict(z, torch.tensor([0, 500, 999]), cond, model.condition([""]), 2.0)
+    assert z.shape == (3, *model.latent_shape) == (3, 12, 16, 16)
+    assert torch.equal(model.decode(z), image)
+    cond = model.encode_prompts(["a red umbrella", "", "a letter g on blue"])
+    y = model.predict(z, torch.tensor([0, 500, 999]), cond, model.encode_prompts([""]), 2.0)
     assert y.shape == z.shape and y.isfinite().all()
 
 
-def test_padding_does_not_reach_the_picture(base):
-    """A caption's states do not depend on the company it keeps in the batch."""
-    alone = base.condition(["a snowman"])
-    company = base.condition(["a snowman", "a red bold serif letter g on a yellow background"])
+def test_padding_does_not_change_a_captions_embedding(base):
+    """The embedding of a caption does not depend on the other captions of its batch."""
+    alone = base.encode_prompts(["a snowman"])
+    in_batch = base.encode_prompts(["a snowman", "a red bold serif letter g on a yellow background"])
     for key in alone:
-        torch.testing.assert_close(alone[key], company[key][:1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[key], in_batch[key][:1], rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_words_and_long_captions_are_named(base):
     with pytest.raises(ValueError, match="'zebra'"):
-        base.condition(["a zebra on blue"])
+        base.encode_prompts(["a zebra on blue"])
     with pytest.raises(ValueError, match="umbrella"):
-        base.condition(["an umbrela"])
+        base.encode_prompts(["an umbrela"])
     with pytest.raises(ValueError, match="15 words"):
-        base.condition(["a " * 20])
+        base.encode_prompts(["a " * 20])
 
 
 def test_only_the_network_is_trainable(base):
     assert all(p.requires_grad == name.startswith("network.") for name, p in base.named_parameters())
 
 
-def test_weights_round_trip_in_half_precision(tmp_path, base):
-    models.save(base, tmp_path / "denoiser.safetensors", words=base.words, target="flow")
-    again = models.build("tiny", "glyphs", tmp_path)
-    for one, two in zip(base.state_dict().values(), again.state_dict().values()):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+# ------------------------------------------------------------------------------------ pretrained networks
+
+@pytest.mark.parametrize("network_cls", [TinyViT, TinyCNN])
+def test_a_backbone_returns_the_maps_that_its_layers_name(network_cls):
+    network = network_cls([3, 5])
+    maps, cls_tokens = network(torch.randn(2, 3, 32, 32))
+    assert len(maps) == len(cls_tokens) > max(network.layers)
+    for feature_map, cls_token in zip(maps, cls_tokens):
+        assert len(feature_map) == 2 and feature_map.ndim == 4
+        assert cls_token is None or cls_token.shape == (2, feature_map.shape[1])
+
+
+def test_a_masked_patch_does_not_reach_the_backbones_features():
+    network = TinyViT([3])
+    image = torch.randn(1, 3, 32, 32)
+    changed = image.clone()
+    changed[..., 8:12, 4:8] = 9.  # patch in row 2, column 1
+    mask = torch.zeros(1, 64, dtype=torch.bool)
+    mask[0, 2 * 8 + 1] = True
+    assert torch.equal(network(image, mask)[0][-1], network(changed, mask)[0][-1])
+    assert not torch.equal(network(image)[0][-1], network(changed)[0][-1])
+    assert torch.equal(network.patchify(image)[0, 2 * 8 + 1], image[0, :, 8:12, 4:8].flatten())
+
+
+@pytest.mark.parametrize("dataset_name", ["glyphs", "fashion"])
+def test_pretrained_measuring_networks_are_frozen(dataset_name):
+    for network, network_cls in ((loading.load_backbone("tiny", dataset_name), TinyViT),
+                                 (loading.load_backbone("tiny", dataset_name, "cnn"), TinyCNN),
+                                 (loading.load_eval_classifier(dataset_name), EvalClassifier)):
+        assert type(network) is network_cls and not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_the_random_backbone_has_the_architecture_and_not_the_weights():
+    trained = loading.load_backbone("tiny", "glyphs")
+    random = loading.load_backbone("tiny", "glyphs", "random")
+    assert [p.shape for p in trained.parameters()] == [p.shape for p in random.parameters()]
+    assert not torch.equal(trained.embed.weight, random.embed.weight)
+
+
+def test_a_folder_with_a_backbone_replaces_the_projects_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match="backbone.safetensors"):
+        loading.load_backbone("tiny", "glyphs", source=tmp_path)
+    save_weights(TinyViT([3]), tmp_path / "backbone.safetensors", attributes=[3])
+    for place in ({"source": tmp_path}, {"weights_dir": tmp_path}):
+        assert len(loading.load_backbone("tiny", "glyphs", **place).attribute_heads) == 1
+    assert loading.weights_path("cnn", "glyphs", tmp_path) == loading.weights_path("cnn", "glyphs")
+    with pytest.raises(ValueError, match="unknown backbone"):
+        loading.load_backbone("tiny", "glyphs", "vgg")
+
+
+def test_weights_survive_saving_in_half_precision(tmp_path, base):
+    base.save_pretrained(tmp_path, [(10, {"guidance_scale": 1.0})], seed=3)
+    loaded = loading.load_model("tiny", "glyphs", tmp_path)
+    for ours, theirs in zip(base.state_dict().values(), loaded.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert loaded.metadata["sampling_configs"] == [[10, {"guidance_scale": 1.0}]]
+    assert loaded.metadata["seed"] == 3 and loaded.vocab == base.vocab
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_weights_of_another_shape_missing_or_broken(tmp_path, base):
+def test_wrong_missing_and_broken_weights_are_errors(tmp_path, base):
+    path = tmp_path / "denoiser.safetensors"
     with pytest.raises(FileNotFoundError, match="no such file"):
-        models.build("tiny", "glyphs", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="pretrain.py"):
-        models.build("tiny", "glyphs", tmp_path)
-    models.save(base, tmp_path / "denoiser.safetensors", words=base.words[:50], target="flow")
+        loading.load_model("tiny", "glyphs", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="pretrain"):
+        loading.load_model("tiny", "glyphs", tmp_path)
+    save_weights(base, path, vocab=base.vocab[:50], prediction_type="flow")
     with pytest.raises(ValueError, match="another network"):
-        models.build("tiny", "glyphs", tmp_path)
-    (tmp_path / "denoiser.safetensors").write_bytes(b"not weights at all")
+        loading.load_model("tiny", "glyphs", tmp_path)
+    save_weights(base, path, vocab=base.vocab)
+    with pytest.raises(ValueError, match="not a tiny denoiser"):
+        loading.load_model("tiny", "glyphs", tmp_path)
+    with pytest.raises(ValueError, match="not a TinyViT"):
+        loading.load_frozen(TinyViT, path)
+    path.write_bytes(b"not weights at all")
     with pytest.raises(ValueError, match="not a readable safetensors"):
-        models.build("tiny", "glyphs", tmp_path)
+        loading.load_model("tiny", "glyphs", tmp_path)
     with pytest.raises(ValueError, match="wanted tiny"):
-        models.build("dalle", "glyphs")
+        loading.load_model("dalle", "glyphs")
+    with pytest.raises(ValueError, match="--resolution 64"):
+        loading.load_model("tiny", "glyphs", resolution=64)

@@ -1,215 +1,276 @@
-"""Paths against diffusers' schedulers, gradients against their closed form,
-memory against the number of steps."""
+"""Paths against diffusers' schedulers, gradients against their closed form, memory against path length."""
 
 import weakref
 
 import pytest
 import torch
-from conftest import Toy, family
 
 import sampler
+from conftest import Toy, family_schedule
 
 
-def noise(*shape, seed=1):
+def randn(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# -------------------------------------------------------------------------------------------- foreign oracles
+# ------------------------------------------------------------------------------ against diffusers' samplers
 
 @pytest.mark.equation("ADT path")
-@pytest.mark.parametrize("name,kind", [("sd15", "epsilon"), ("sd2-v-zero-snr", "v_prediction")])
-@pytest.mark.parametrize("steps", [1, 4, 10, 50])
-def test_rollout_equals_ddim_of_diffusers(name, kind, steps):
+@pytest.mark.parametrize("name,diffusers_type", [("sd15", "epsilon"), ("sd2-v-zero-snr", "v_prediction")])
+@pytest.mark.parametrize("num_steps", [1, 4, 10, 50])
+def test_rollout_equals_ddim_of_diffusers(name, diffusers_type, num_steps):
     from diffusers import DDIMScheduler
-    model = Toy(*family(name))
+    model = Toy(*family_schedule(name))
     oracle = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
-                           set_alpha_to_one=True, timestep_spacing="trailing", prediction_type=kind,
+                           set_alpha_to_one=True, timestep_spacing="trailing", prediction_type=diffusers_type,
                            rescale_betas_zero_snr=name.endswith("snr"))
-    oracle.set_timesteps(steps)
-    x = start = noise(2, 2, 4, 4)
-    cond = model.condition(["a", ""])
+    oracle.set_timesteps(num_steps)
+    x = noise = randn(2, 2, 4, 4)
+    cond = model.encode_prompts(["a", ""])
+    timesteps = sampler.make_timesteps(1000, num_steps)
     with torch.no_grad():
         for t in oracle.timesteps:
             x = oracle.step(model.predict(x, t.expand(2), cond), t, x).prev_sample
-        ours = sampler.rollout(model, start, sampler.timeline(1000, steps), cond)
-    assert sampler.timeline(1000, steps).tolist() == oracle.timesteps.tolist()
-    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+        x0 = sampler.rollout(model, noise, timesteps, cond)
+    assert timesteps.tolist() == oracle.timesteps.tolist()
+    torch.testing.assert_close(x0, x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.equation("ADT path")
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_rollout_equals_flow_match_euler_on_its_own_sigmas(shift):
-    """The oracle's sigmas need not lie on our table: fractional times find them."""
+    """The scheduler's sigmas need not be in the model's table: fractional timesteps reach them."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     model = Toy("flow")
     oracle = FlowMatchEulerDiscreteScheduler(shift=shift)
     oracle.set_timesteps(12)
-    x = start = noise(2, 2, 4, 4)
-    cond = model.condition(["a", ""])
-    times = oracle.sigmas[:-1].double() * 1000 - 1
+    x = noise = randn(2, 2, 4, 4)
+    cond = model.encode_prompts(["a", ""])
+    timesteps = oracle.sigmas[:-1].double() * 1000 - 1
     with torch.no_grad():
-        for t, sigma in zip(times, oracle.timesteps):
-            x = oracle.step(model.predict(x, t.expand(2), cond), sigma, x).prev_sample
-        ours = sampler.rollout(model, start, times, cond)
-    torch.testing.assert_close(ours, x.double(), rtol=0, atol=2e-5)
+        for t, oracle_t in zip(timesteps, oracle.timesteps):
+            x = oracle.step(model.predict(x, t.expand(2), cond), oracle_t, x).prev_sample
+        x0 = sampler.rollout(model, noise, timesteps, cond)
+    torch.testing.assert_close(x0, x.double(), rtol=0, atol=2e-5)
 
 
-# ---------------------------------------------------------------------------------------------- the gradient
+# --------------------------------------------------------------------------------------------- the gradient
 
-def closed_form(model, path, times, chosen, direction, cond):
-    """sum over chosen t of  alpha_0 (sigma_t'/alpha_t' - sigma_t/alpha_t) d eps(sg[x_t])/d theta
-    for eps-models, -(sigma_t - sigma_t') d v/d theta for flows, contracted with `direction`;
-    x_t read off the recorded path."""
-    total = [torch.zeros_like(p) for p in model.network.parameters()]
-    for i in chosen:
-        t, after = times[i:i + 1], times[i + 1:i + 2]
-        (a, s), (a2, s2) = model.at(t), (model.at(after) if len(after) else (torch.ones(1), torch.zeros(1)))
-        weight = s2 / a2 - s / a if model.target == "eps" else -(s - s2)
-        y = model.predict(path[i], t.expand(len(path[i])), cond)
-        for sum_, g in zip(total, torch.autograd.grad((weight * y * direction).sum(),
-                                                      model.network.parameters())):
-            sum_ += g
+def closed_form_gradient(model, path, timesteps, grad_steps, direction, cond):
+    """The sum over grad_steps of alpha_0 (sigma_t'/alpha_t' - sigma_t/alpha_t) d eps(sg[x_t]) / d theta for
+    eps-models and of -(sigma_t - sigma_t') d v / d theta for flow models, contracted with `direction`.
+    path: the network's inputs x_t."""
+    params = list(model.network.parameters())
+    total = [torch.zeros_like(param) for param in params]
+    for i in grad_steps:
+        alpha, sigma = model.alpha_sigma(timesteps[i:i + 1])
+        next_alpha, next_sigma = torch.ones(1), torch.zeros(1)
+        if i + 1 < len(timesteps):
+            next_alpha, next_sigma = model.alpha_sigma(timesteps[i + 1:i + 2])
+        weight = -(sigma - next_sigma)
+        if model.prediction_type == "eps":
+            weight = next_sigma / next_alpha - sigma / alpha
+        y = model.predict(path[i], timesteps[i].expand(len(path[i])), cond)
+        for sum_, grad in zip(total, torch.autograd.grad((weight * y * direction).sum(), params)):
+            sum_ += grad
     return total
 
 
 @pytest.mark.equation("ADT constraint")
 @pytest.mark.parametrize("name", ["sd15", "tiny", "sd3"])
-@pytest.mark.parametrize("chosen", [{0}, {7}, {1, 4, 6}, set(range(8))])
-def test_constrained_gradient_equals_its_closed_form(name, chosen):
-    model = Toy() if name == "tiny" else Toy(*family(name))
-    times, cond, direction = sampler.timeline(1000, 8), model.condition(["abc"]), noise(1, 2, 4, 4, seed=2)
-    x0 = sampler.rollout(model, noise(1, 2, 4, 4), times, cond, train=chosen, checkpoint=False)
+@pytest.mark.parametrize("grad_steps", [{0}, {7}, {1, 4, 6}, set(range(8))])
+def test_truncated_gradient_equals_its_closed_form(name, grad_steps):
+    model = Toy() if name == "tiny" else Toy(*family_schedule(name))
+    timesteps, cond = sampler.make_timesteps(1000, 8), model.encode_prompts(["abc"])
+    direction = randn(1, 2, 4, 4, seed=2)
+    x0 = sampler.rollout(model, randn(1, 2, 4, 4), timesteps, cond, grad_steps=grad_steps,
+                         checkpointing=False)
     path = [x for x, _, _ in model.calls]
-    found = torch.autograd.grad((x0 * direction).sum(), model.network.parameters())
-    for ours, theirs in zip(found, closed_form(model, path, times, chosen, direction, cond)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    grads = torch.autograd.grad((x0 * direction).sum(), model.network.parameters())
+    expected = closed_form_gradient(model, path, timesteps, grad_steps, direction, cond)
+    for grad, expected_grad in zip(grads, expected):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.equation("ADT constraint")
-def test_no_graph_outside_the_chosen_steps(toy):
+def test_only_the_selected_steps_have_a_graph(toy):
     model = toy()
-    sampler.rollout(model, noise(1, 2, 4, 4), sampler.timeline(1000, 6), model.condition(["a"]), train={1, 4},
-                    checkpoint=False)
-    assert [grad for _, _, grad in model.calls] == [False, True, False, False, True, False]
+    sampler.rollout(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, 6), model.encode_prompts(["a"]),
+                    grad_steps={1, 4}, checkpointing=False)
+    assert [has_graph for _, _, has_graph in model.calls] == [False, True, False, False, True, False]
 
 
-def test_full_leak_is_plain_backpropagation_and_zero_leak_is_not(toy):
-    """leak = 1 with every step chosen against an independent loop of plain autograd;
-    half-way lies between."""
+def test_input_grad_scale_one_is_plain_backpropagation_and_zero_is_not(toy):
+    """With every step selected, against an independent loop of plain autograd. 0.3 lies in between."""
     model = toy()
-    times, cond, start = sampler.timeline(1000, 5), model.condition(["a"]), noise(1, 2, 4, 4)
-    x = start
-    for i, t in enumerate(times):
-        v = model.output(x, model.time[t:t + 1], cond)
-        x = x - (model.sigma[t] - (model.sigma[times[i + 1]] if i < 4 else 0)) * v    # Euler, written plainly
+    timesteps, cond, noise = sampler.make_timesteps(1000, 5), model.encode_prompts(["a"]), randn(1, 2, 4, 4)
+    x = noise
+    for i, t in enumerate(timesteps):                                  # Euler's method
+        v = model.forward_network(x, model.t_input[t:t + 1], cond)
+        next_sigma = model.sigma[timesteps[i + 1]] if i < 4 else 0
+        x = x - (model.sigma[t] - next_sigma) * v
     plain = torch.autograd.grad(x.sum(), model.network.weight)[0]
-    found = {leak: torch.autograd.grad(
-        sampler.rollout(model, start, times, cond, train=set(range(5)), leak=leak).sum(),
-        model.network.weight)[0] for leak in (0., .3, 1.)}
-    torch.testing.assert_close(found[1.], plain, rtol=1e-6, atol=1e-8)
-    assert (found[0.] - plain).norm() > 1e-3 * plain.norm()
-    assert 0 < (found[.3] - found[0.]).norm() < (found[1.] - found[0.]).norm()
+    grads = {}
+    for scale in (0., .3, 1.):
+        x0 = sampler.rollout(model, noise, timesteps, cond, grad_steps=set(range(5)), input_grad_scale=scale)
+        grads[scale] = torch.autograd.grad(x0.sum(), model.network.weight)[0]
+    torch.testing.assert_close(grads[1.], plain, rtol=1e-6, atol=1e-8)
+    assert (grads[0.] - plain).norm() > 1e-3 * plain.norm()
+    assert 0 < (grads[.3] - grads[0.]).norm() < (grads[1.] - grads[0.]).norm()
 
 
-@pytest.mark.parametrize("leak", [0., 1.])
-def test_checkpointing_changes_no_number(toy, leak):
+@pytest.mark.parametrize("input_grad_scale", [0., 1.])
+def test_recomputation_changes_no_gradient(toy, input_grad_scale):
     grads = []
-    for checkpoint in (False, True):
+    for checkpointing in (False, True):
         torch.manual_seed(3)
         model = toy()
-        x0 = sampler.rollout(model, noise(1, 2, 4, 4), sampler.timeline(1000, 5), model.condition(["a"]),
-                             train={0, 2, 3}, leak=leak, checkpoint=checkpoint)
+        x0 = sampler.rollout(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, 5),
+                             model.encode_prompts(["a"]), grad_steps={0, 2, 3},
+                             input_grad_scale=input_grad_scale, checkpointing=checkpointing)
         grads.append(torch.autograd.grad(x0.square().sum(), model.network.weight)[0])
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def peak_graphs(model, steps, chosen, checkpoint):
-    """The largest number of network graphs held at once, from rollout to the end of the backward pass: each
-    call of the network saves a marker for its backward pass, and markers are counted while they live."""
-    alive, most = [0], [0]
+def peak_graphs(model, num_steps, grad_steps, checkpointing):
+    """The largest number of network graphs that are alive at once, from the rollout to the end of the
+    backward pass. Every network call saves a marker for its backward pass; living markers are counted."""
+    alive, peak = [0], [0]
+
+    def on_release():
+        alive[0] -= 1
 
     class Marked(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
             marker = torch.zeros(1)
             alive[0] += 1
-            most[0] = max(most[0], alive[0])
-            weakref.finalize(marker, lambda: alive.__setitem__(0, alive[0] - 1))
+            peak[0] = max(peak[0], alive[0])
+            weakref.finalize(marker, on_release)
             ctx.save_for_backward(marker)
             return y.clone()
 
         @staticmethod
-        def backward(ctx, slope):
-            return slope + ctx.saved_tensors[0]
+        def backward(ctx, grad):
+            return grad + ctx.saved_tensors[0]
 
-    output = model.output
-    model.output = lambda *inputs: Marked.apply(output(*inputs))
-    x0 = sampler.rollout(model, noise(1, 2, 4, 4), sampler.timeline(1000, steps), model.condition(["a"]),
-                         train=chosen, checkpoint=checkpoint)
+    forward_network = model.forward_network
+    model.forward_network = lambda *inputs: Marked.apply(forward_network(*inputs))
+    x0 = sampler.rollout(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, num_steps),
+                         model.encode_prompts(["a"]), grad_steps=grad_steps, checkpointing=checkpointing)
     x0.sum().backward()
-    return most[0]
+    return peak[0]
 
 
-def test_memory_is_one_network_graph_whatever_the_path(toy):
-    """With checkpointing one graph is alive at a time; without, one per trained step."""
-    for steps, chosen in ((5, {2}), (5, set(range(5))), (25, {3, 9, 20}), (25, set(range(25)))):
-        assert peak_graphs(toy(), steps, chosen, True) <= 2  # the last marker may outlive its call by one
-        assert len(chosen) <= peak_graphs(toy(), steps, chosen, False) <= len(chosen) + 1
+def test_memory_is_one_network_graph_however_long_the_path(toy):
+    """With recomputation one graph is alive at a time; without it, one for each selected step."""
+    for num_steps, grad_steps in ((5, {2}), (5, set(range(5))), (25, {3, 9, 20}), (25, set(range(25)))):
+        assert peak_graphs(toy(), num_steps, grad_steps, True) <= 2    # the last marker may live longer
+        assert len(grad_steps) <= peak_graphs(toy(), num_steps, grad_steps, False) <= len(grad_steps) + 1
 
 
-# ------------------------------------------------------------------------------------------------ small parts
+# ---------------------------------------------------------------------------------- timesteps, selected steps
 
-@pytest.mark.parametrize("how", ["even", "last", "random", "all"])
-def test_pick_steps_picks_k_different_positions(how):
+@pytest.mark.parametrize("selection", ["strided", "last", "random", "all"])
+def test_select_grad_steps_selects_k_different_steps(selection):
     for n in range(1, 13):
         for k in (1, 2, 3, 5, 12, 50):
-            chosen = sampler.pick_steps(n, k, how)
-            assert chosen <= set(range(n)) and len(chosen) == (n if how == "all" else min(n, k))
+            grad_steps = sampler.select_grad_steps(n, k, selection)
+            assert grad_steps <= set(range(n))
+            assert len(grad_steps) == (n if selection == "all" else min(n, k))
 
 
-def test_pick_even_is_even_and_reaches_every_step():
-    seen, generator = set(), torch.Generator().manual_seed(0)
+def test_strided_selection_has_equal_distances_and_reaches_every_step():
+    reached, generator = set(), torch.Generator().manual_seed(0)
     for _ in range(200):
-        chosen = sorted(sampler.pick_steps(12, 3, "even", generator))
-        assert {b - a for a, b in zip(chosen, chosen[1:])} <= {4}
-        seen |= set(chosen)
-    assert seen == set(range(12)) and sampler.pick_steps(12, 3, "last") == {9, 10, 11}
-    with pytest.raises(ValueError, match="wanted even"):
-        sampler.pick_steps(5, 1, "first")
+        grad_steps = sorted(sampler.select_grad_steps(12, 3, "strided", generator))
+        assert {b - a for a, b in zip(grad_steps, grad_steps[1:])} <= {4}
+        reached |= set(grad_steps)
+    assert reached == set(range(12))
+    assert sampler.select_grad_steps(12, 3, "last") == {9, 10, 11}
+    with pytest.raises(ValueError, match="wanted strided"):
+        sampler.select_grad_steps(5, 1, "first")
+
+
+def test_random_selection_is_not_strided():
+    generator = torch.Generator().manual_seed(0)
+    distances = set()
+    for _ in range(200):
+        first, second = sorted(sampler.select_grad_steps(12, 2, "random", generator))
+        distances.add(second - first)
+    assert distances == set(range(1, 12))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_timeline_falls_from_the_noisiest_time(shift):
-    for steps in (1, 2, 7, 50, 1000):
-        times = sampler.timeline(1000, steps, shift)
-        assert len(times) == steps and times[0] == 999 and times[-1] >= 0 and (times.diff() <= 0).all()
+def test_timesteps_decrease_from_the_noisiest_one(shift):
+    for num_steps in (1, 2, 7, 50, 1000):
+        timesteps = sampler.make_timesteps(1000, num_steps, shift)
+        assert len(timesteps) == num_steps
+        assert timesteps[0] == 999 and timesteps[-1] >= 0
+        assert (timesteps.diff() <= 0).all()
     with pytest.raises(ValueError, match="1 to 1000"):
-        sampler.timeline(1000, 0)
-    assert sampler.timeline(1000, 4).tolist() == [999, 749, 499, 249]
-    assert sampler.timeline(1000, 4, 3.).tolist() == [999, 899, 749, 499]     # u -> 3 u / (1 + 2 u)
+        sampler.make_timesteps(1000, 0)
+    assert sampler.make_timesteps(1000, 4).tolist() == [999, 749, 499, 249]
+    assert sampler.make_timesteps(1000, 4, 3.).tolist() == [999, 899, 749, 499]  # u -> 3 u / (1 + 2 u)
 
 
-def test_few_step_sees_what_an_add_student_is_trained_on(toy):
-    """The second input is alpha x0_hat + sigma fresh: x0_hat is the first answer, the noise is new."""
-    model, times = toy(), torch.tensor([999, 499])
-    generator = torch.Generator().manual_seed(5)
-    start = noise(1, 2, 4, 4)
-    visited = {}
+def test_timesteps_may_start_below_the_noisiest_one():
+    assert sampler.make_timesteps(1000, 4, t_max=.9).tolist() == [899, 749, 499, 249]
+    assert sampler.make_timesteps(1000, 1, t_max=.85).tolist() == [849]
+    for t_max in (0, 1.1, .75, .5):                                    # above T, or not above the second
+        with pytest.raises(ValueError, match="t_max is a fraction"):
+            sampler.make_timesteps(1000, 4, t_max=t_max)
+
+
+# ----------------------------------------------------------------------------------------- few-step sampling
+
+def test_few_step_sampling_noises_the_prediction_with_new_noise(toy):
+    """The second input is alpha x0_hat + sigma noise: x0_hat is the first prediction, the noise is new."""
+    model, timesteps = toy(), torch.tensor([999, 499])
+    cond = model.encode_prompts(["a"])
+    start = randn(1, 2, 4, 4)
+    predictions = {}
     with torch.no_grad():
-        sampler.rollout(model, start, times, model.condition(["a"]), fresh=1., generator=generator,
-                        visit=lambda i, x0: visited.update({i: x0}))
+        sampler.rollout(model, start, timesteps, cond, stochasticity=1.,
+                        generator=torch.Generator().manual_seed(5),
+                        callback=lambda i, x0: predictions.update({i: x0}))
         model.calls.clear()
-        last = sampler.few_step(model, start, times, model.condition(["a"]),
-                                generator=torch.Generator().manual_seed(5))
-    fresh = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(5))
-    alpha, sigma = model.at(torch.tensor([499]))
-    torch.testing.assert_close(model.calls[1][0], alpha * visited[0] + sigma * fresh)
-    torch.testing.assert_close(last, visited[1])
+        x0 = sampler.sample_few_step(model, start, timesteps, cond,
+                                     generator=torch.Generator().manual_seed(5))
+    new_noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    alpha, sigma = model.alpha_sigma(torch.tensor([499]))
+    torch.testing.assert_close(model.calls[1][0], alpha * predictions[0] + sigma * new_noise)
+    torch.testing.assert_close(x0, predictions[1])
 
 
-def test_a_timeline_may_start_below_pure_noise():
-    assert sampler.timeline(1000, 4, last=.9).tolist() == [899, 749, 499, 249]
-    assert sampler.timeline(1000, 1, last=.85).tolist() == [849]
-    for last in (0, 1.1, .75, .5):                           # above T, or not above the next stop
-        with pytest.raises(ValueError, match="last is a share"):
-            sampler.timeline(1000, 4, last=last)
+@pytest.mark.parametrize("stochasticity", [1., .5, 0.])
+def test_stochasticity_is_the_fraction_of_new_noise_in_each_step(toy, monkeypatch, stochasticity):
+    """A network that always predicts x0 = 5. Every input is alpha x0_hat + sigma eps; eps has unit variance,
+    and each step replaces its fraction of it. (Noising a real image again would look right in training and
+    fail in sampling.)"""
+    model, calls = toy(), []
+
+    def predict_five(x, t_input, cond):
+        calls.append((x, t_input))
+        alpha, sigma = model.alpha_sigma(model.timestep(t_input))
+        return (x - 5 * alpha) / sigma - 5                             # the flow for x0 = 5
+
+    monkeypatch.setattr(model, "forward_network", predict_five)
+    start = torch.randn(1, 2, 64, 64, dtype=torch.float64)
+    x0 = sampler.sample_few_step(model, start, sampler.make_timesteps(model.T, 4),
+                                 model.encode_prompts(["a"]), stochasticity, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(x0, torch.full_like(x0, 5.))
+    for i, (x, t_input) in enumerate(calls[1:], 1):
+        alpha, sigma = model.alpha_sigma(model.timestep(t_input))
+        eps = (x - 5 * alpha) / sigma
+        fraction_of_start = (1 - stochasticity ** 2) ** (i / 2)
+        assert abs(eps.std() - 1) < .05
+        assert abs((eps * start).mean() - fraction_of_start) < .05
+
+
+def test_a_stochasticity_outside_0_to_1_is_rejected(toy):
+    model = toy()
+    for stochasticity in (-.1, 1.1):
+        with pytest.raises(ValueError, match="fraction from 0 to 1"):
+            sampler.sample_few_step(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, 2),
+                                    model.encode_prompts(["a"]), stochasticity)

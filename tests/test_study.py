@@ -1,63 +1,109 @@
-"""Studies: each row trained once, measured once, and told apart."""
+"""scripts/run_study.py: every row is trained and measured once, and the tables of results/ follow from it."""
 
 import json
 import shutil
 
 import pytest
-import study
-import train
 
-ROWS = [study.Row("as it is", method="add", said="20.6 / .319"),
-        study.Row("from nothing", ["init=random"], method="add", said="293.6 / .065"),
-        study.Row("as it is, again", method="add", said="20.6 / .319")]
+import data
+import train
+from conftest import ROOT
+from scripts import run_study
+
+ROWS = [run_study.Experiment("default", method="add", paper_value="20.6 / .319"),
+        run_study.Experiment("random init", ["init=random"], method="add", paper_value="293.6 / .065"),
+        run_study.Experiment("default again", method="add", paper_value="20.6 / .319")]
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(study.STUDIES, "add", study.Study(ROWS, [(2, {})], also=[(3, {})]))
-    monkeypatch.setitem(train.METHODS, "add", (train.add, {"batch": 2}, 2))
+def small_study(monkeypatch, glyphs):
+    """The study "add" with runs of two steps, measured at 1 and 2 sampler steps, seed 0 with a shift, too."""
+    monkeypatch.setattr(data, "build_dataset", lambda *args: glyphs)
+    study = run_study.Study(ROWS, base_configs=[(2, {})],
+                            extra_configs=[(1, {"timestep_shift": 3.})])
+    monkeypatch.setitem(run_study.STUDIES, "add", study)
+    method = train.METHODS["add"]._replace(fixed={"batch_size": 2, "student_steps": 2}, default_steps=2)
+    monkeypatch.setitem(train.METHODS, "add", method)
 
 
-def test_a_study_trains_each_row_once_and_sets_the_paper_beside_it(tmp_path, small, monkeypatch, capsys):
-    order = ["add", "--seeds", "2", "--samples", "200", "--out", str(tmp_path)]
-    study.main(order)
+def test_a_study_trains_each_row_once_and_shows_the_value_of_the_paper(tmp_path, small_study, monkeypatch,
+                                                                       capsys):
+    args = ["add", "--seeds", "2", "--eval-samples", "200", "--output-dir", str(tmp_path)]
+    run_study.main(args)
     table = (tmp_path / "add-glyphs.md").read_text()
-    assert "as it is, 1 step, 2 seeds" in table and "293.6 / .065" in table and "±" in table
+    assert "default, 1 step, 2 seeds" in table and "293.6 / .065" in table and "±" in table
     assert table in capsys.readouterr().out
-    runs = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
-    assert len(runs) == 4                                    # two settings, two seeds; 'again' is no new run
-    for run in runs:
-        ways = json.loads((tmp_path / f"{run}.json").read_text())
-        assert len(ways) == (4 if "seed0" in run else 3)     # 1, 2 and 4 steps; the first seed's also at 3
-    monkeypatch.setattr(train, "main", lambda go: pytest.fail(f"trained again: {go}"))
-    study.main([*order, "--seeds", "3", "--so-far"])         # the third seed has not been run
+    runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert len(runs) == 4                        # two settings, two seeds; "default again" is the same run
+    for run_dir in runs:
+        metrics = json.loads(run_dir.with_name(f"{run_dir.name}.json").read_text())
+        assert len(metrics) == (3 if "seed0" in run_dir.name else 2)
+
+    monkeypatch.setattr(train, "main", lambda args: pytest.fail(f"trained again: {args}"))
+    run_study.main([*args, "--seeds", "3", "--no-train"])              # there are no runs of the third seed
     assert (tmp_path / "add-glyphs.md").read_text() == table
-    for run in runs:
-        shutil.rmtree(tmp_path / run)
-    study.main(order)                                        # nothing is left to do: figures outlive runs
+    for run_dir in runs:
+        shutil.rmtree(run_dir)
+    run_study.main(args)                         # metrics outlive the folders of the runs
     assert (tmp_path / "add-glyphs.md").read_text() == table
 
 
-def test_an_interrupted_row_goes_on(tmp_path, small):
-    study.trained(ROWS[0], "glyphs", 0, 1, tmp_path / "run")
-    study.trained(ROWS[0], "glyphs", 0, 2, tmp_path / "run")     # as if stopped after one step of two
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [0, 1]
+def test_max_rows_limits_what_is_trained(tmp_path, small_study):
+    run_study.main(["add", "--seeds", "1", "--eval-samples", "200", "--max-rows", "1", "--output-dir",
+                    str(tmp_path)])
+    table = (tmp_path / "add-glyphs.md").read_text()
+    assert "default, 1 step" in table and "random init" not in table
+    assert len([path for path in (tmp_path / "runs").iterdir() if path.is_dir()]) == 1
+
+
+def test_an_interrupted_run_continues(tmp_path, small_study):
+    run_dir = tmp_path / "run"
+    run_study.train_or_load(ROWS[0], "glyphs", 0, 1, run_dir)
+    run_study.train_or_load(ROWS[0], "glyphs", 0, 2, run_dir)          # as if stopped after one of two steps
+    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [0, 1]
+
+
+def test_a_damaged_file_of_metrics_is_an_error_and_a_missing_config_is_left_out(tmp_path):
+    class Evaluator:
+        captions = [""] * 200
+
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"10 steps, timestep_shift 3 (200 images)": {"fd": 1.}}))
+    configs = [(4, {}), (10, {"timestep_shift": 3.})]
+    rows = list(run_study.cached_metrics(path, Evaluator, configs, None))
+    assert rows == [("10 steps, timestep_shift 3", {"fd": 1.})]
+    path.write_text('{"10 steps (200 im')
+    with pytest.raises(ValueError, match="damaged"):
+        list(run_study.cached_metrics(path, Evaluator, configs, None))
 
 
 def test_every_row_of_every_study_is_a_run_that_could_start():
-    for plan in study.STUDIES.values():
-        for row in plan.rows:
-            train.settle(row.method, row.settings)
+    for study in run_study.STUDIES.values():
+        for row in study.rows:
+            train.build_config(row.method, row.overrides)
             assert row.label and (row.steps is None or row.steps > 0)
-        assert len({row.label for row in plan.rows}) == len(plan.rows)
+        assert len({row.label for row in study.rows}) == len(study.rows)
 
 
-def test_bad_orders_are_a_sentence(tmp_path, capsys):
+def test_the_runs_of_every_study_are_measured_in_results():
+    """Otherwise --output-dir results --no-train would print an incomplete table."""
+    for name, study in run_study.STUDIES.items():
+        for dataset_name in ("glyphs", "fashion"):
+            if not (ROOT / "results" / f"study-{name}-{dataset_name}.json").is_file():
+                continue
+            for row in study.rows:
+                steps = row.steps or train.METHODS[row.method].default_steps
+                path = ROOT / "results" / "runs" / f"{run_study.run_name(row, dataset_name, steps, 0)}.json"
+                assert path.is_file(), f"no {path.name}"
+
+
+def test_bad_arguments_are_one_sentence(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "base-glyphs.json").write_text('{"25 steps (200 pict')
-    for order in (["add", "--data", str(tmp_path / "nowhere")], ["add", "--samples", "3"],
-                  ["adt", "--seeds", "0"], ["add", "--samples", "200", "--so-far"]):
+    (tmp_path / "runs" / "base-glyphs.json").write_text('{"25 steps (200 im')
+    for args in (["add", "--data", str(tmp_path / "nowhere")], ["add", "--eval-samples", "3"],
+                 ["adt", "--seeds", "0"], ["adt", "--max-rows", "0"],
+                 ["add", "--eval-samples", "200", "--no-train"]):
         with pytest.raises(SystemExit) as stop:
-            study.main([*order, "--out", str(tmp_path / "runs")])
-        assert stop.value.code == 2 and "study.py: " in capsys.readouterr().err
+            run_study.main([*args, "--output-dir", str(tmp_path)])
+        assert stop.value.code == 2 and "run_study.py: " in capsys.readouterr().err

@@ -1,0 +1,36 @@
+# Needs Python 3.11 or newer and nothing else.
+#
+#   make demo             environment, requirements, the main training run
+#   make test             environment, requirements, lint and tests
+#   make test-notebooks   the same environment, executes the four notebooks
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=DIR the folder of the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+ACTIVATE := export PATH="$(BIN):$$PATH"
+
+.PHONY: demo test test-notebooks
+
+demo: $(VENV)/.requirements
+	$(ACTIVATE) && python train.py --method adt --output-dir runs/demo --overwrite
+	@echo "Open runs/demo/before_after.png: samples from the same noise, before and after ADT."
+
+test: $(VENV)/.requirements-dev
+	$(ACTIVATE) && ruff check .
+	$(ACTIVATE) && python -m pytest
+
+test-notebooks: $(VENV)/.requirements-dev
+	$(ACTIVATE) && python -m pytest -m notebooks -n 0
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv "$(VENV)"
+
+$(VENV)/.requirements: requirements.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.requirements-dev: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@

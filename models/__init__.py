@@ -1,0 +1,1 @@
+"""Networks and pretrained models: the denoiser interface, who implements it, and how they are loaded."""

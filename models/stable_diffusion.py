@@ -1,0 +1,373 @@
+"""Stable Diffusion 1.5, XL and 3 behind the interface of models/denoiser.py.
+
+A diffusers pipeline is taken apart: its scheduler gives the tables alpha, sigma and t_input, its U-Net or
+transformer is the trained network, its VAE encodes and decodes, its encode_prompt encodes the captions. The
+result of a training run goes back into a pipeline folder, or is a LoRA file that any such pipeline loads.
+Read next: models/prompt_cache.py (captions are encoded once), models/export.py (scheduler and model card)"""
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from models import export, pipelines
+from models.denoiser import Denoiser
+from models.prompt_cache import PromptCache, text_encoding_hash
+from utils import distributed
+from utils.checkpoint import atomic_write, atomic_write_text, load_run_config
+
+# the attention layers of U-Nets and of SD3's transformer
+LORA_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+
+
+def schedule_from_diffusers(scheduler):
+    """A diffusers scheduler -> prediction_type, alpha, sigma, t_input, tables (T,) from the cleanest timestep
+    to the noisiest. ValueError for a scheduler without such tables.
+
+    The sigmas of a flow are those of the constructor: set_timesteps would shift them a second time."""
+    class_name = type(scheduler).__name__
+    if class_name.startswith("FlowMatch"):
+        sigma = scheduler.sigmas.double().flip(0)
+        return "flow", 1 - sigma, sigma, sigma * scheduler.config.num_train_timesteps
+    found = scheduler.config.get("prediction_type")
+    prediction_type = {theirs: ours for ours, theirs in export.PREDICTION_TYPES.items()}.get(found)
+    if prediction_type is None or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"the pipeline's scheduler is a {class_name} with prediction_type {found}: wanted "
+                         "one with alphas_cumprod that predicts epsilon, v_prediction or sample, or a "
+                         "FlowMatch scheduler")
+    alphas_cumprod = scheduler.alphas_cumprod.double()
+    return (prediction_type, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(),
+            torch.arange(len(alphas_cumprod)))
+
+
+def run_in_fp32(layer):
+    """Make a layer compute in fp32 under autocast as well. Meant for the network's output layer: at t = T - 1
+    an eps-model's error is multiplied by about 15 in x0, so bf16 rounding would be visible noise."""
+    class FP32Layer(type(layer)):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x.float())
+    layer.__class__ = FP32Layer
+
+
+class LatentDenoiser(Denoiser):
+    """What the three families share. The pipeline itself is kept in a list, so that its text encoders are no
+    submodules of the model; `unload_text_encoders` drops it."""
+
+    is_large = True
+    sample_batch_size = 4
+    component_name = "unet"            # of the trained network in the pipeline
+
+    def __init__(self, pipe, resolution, pretrained_path):
+        """pipe: a diffusers pipeline. resolution: side of the images in pixels. pretrained_path: the folder
+        or hub id that it came from."""
+        super().__init__(*schedule_from_diffusers(pipe.scheduler))
+        self.network = getattr(pipe, self.component_name)
+        self.vae = pipe.vae
+        self.pipeline_cls, self.pretrained_path = type(pipe), pretrained_path
+        self.scheduler_config = dict(pipe.scheduler.config)
+        self.lora_preloaded = False    # the adapters came with the weights, from an earlier run
+        self.lora_disabled = False     # in a frozen copy: the network without its adapters
+        vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if resolution < 1 or resolution % (8 * vae_scale_factor):
+            raise ValueError(f"--resolution {resolution}: wanted a multiple of {8 * vae_scale_factor}, since "
+                             "the network halves the latent three times")
+        self.resolution = resolution
+        self.latent_shape = (self.vae.config.latent_channels, resolution // vae_scale_factor,
+                             resolution // vae_scale_factor)
+        self.requires_grad_(False)
+        self.network.requires_grad_(True)
+        run_in_fp32(self.output_layer)
+        self._pipe = [pipe]
+        self.prompt_cache = PromptCache(text_encoding_hash(pipe, type(self).__name__, self.network.config))
+
+    @property
+    def output_layer(self):
+        return self.network.conv_out if self.component_name == "unet" else self.network.proj_out
+
+    # ------------------------------------------------------------------------------------------- the VAE
+
+    def encode(self, image):
+        latents = [self.vae.encode(item).latent_dist.sample() for item in image.split(1)]
+        z = torch.cat(latents).float()
+        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """One image at a time, recomputed in the backward pass: the decoder's graph of one image is the
+        largest graph of a training step."""
+        z = z / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        images = [checkpoint(self.vae_decode, item, use_reentrant=False) for item in z.split(1)]
+        return torch.cat(images).float()
+
+    def vae_decode(self, z):
+        return self.vae.decode(z).sample
+
+    # --------------------------------------------------------------------------------------- the captions
+
+    def encode_prompt(self, captions):
+        """B strings -> {"text": (B, N, D), "pooled": (B, P)}, by the pipeline's own encode_prompt."""
+        raise NotImplementedError
+
+    def text_encoders_to(self, device):
+        for name, component in self._pipe[0].components.items():
+            if name.startswith("text_encoder") and component is not None:
+                component.to(device)
+
+    @torch.no_grad()
+    def cache_prompt_embeds(self, captions):
+        """Encode the captions that are not in the cache yet."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self.prompt_cache]
+        if missing and not self._pipe:
+            raise ValueError(f"the text encoders are unloaded and have not encoded '{missing[0][:80]}'")
+        device = distributed.get_device()
+        for i in tqdm(range(0, len(missing), 64), "captions", disable=len(missing) < 5000):
+            self.text_encoders_to(device)
+            with torch.autocast(device.type, enabled=False):
+                encodings = self.encode_prompt(missing[i:i + 64])
+            for j, caption in enumerate(missing[i:i + 64]):
+                self.prompt_cache.store(caption, {key: value[j].clone().cpu()
+                                                  for key, value in encodings.items()})
+
+    def precompute_prompt_embeds(self, captions):
+        self.cache_prompt_embeds(captions[distributed.get_rank()::distributed.get_world_size()])
+        distributed.barrier()  # every caption has been encoded before any process goes on
+
+    @torch.no_grad()
+    def encode_prompts(self, captions, micro_cond=None):
+        self.cache_prompt_embeds(captions)
+        encodings = [self.prompt_cache.load(caption) for caption in captions]
+        return {key: torch.stack([encoding[key].float() for encoding in encodings]).to(self.alpha.device)
+                for key in encodings[0]}
+
+    def unload_text_encoders(self):
+        self._pipe.clear()
+
+    # ---------------------------------------------------------------------------------------- the network
+
+    def call_network(self, x, t_input, cond):
+        """forward_network of the family."""
+        raise NotImplementedError
+
+    def forward_network(self, x, t_input, cond):
+        if not self.lora_disabled:
+            return self.call_network(x, t_input, cond)
+        self.network.disable_adapters()
+        try:
+            return self.call_network(x, t_input, cond)
+        finally:
+            self.network.enable_adapters()
+
+    def reset_parameters(self):
+        if self.lora_rank:
+            raise ValueError("init=random and --lora-rank exclude each other: adapters of a network without "
+                             "training cannot learn to generate images")
+        self.network = type(self.network).from_config(self.network.config)
+        run_in_fp32(self.output_layer)
+
+    def enable_gradient_checkpointing(self):
+        self.network.enable_gradient_checkpointing()
+        # decode is recomputed as a whole already; this halves its peak, the blocks at full resolution
+        self.vae.enable_gradient_checkpointing()
+
+    def cast_frozen_to_bf16(self):
+        """Frozen weights of linear layers and convolutions, nearly all there are, become bf16. Under autocast
+        the results are the same to the last bit. The output layer and trainable weights stay fp32."""
+        for module in self.network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not self.output_layer:
+                for param in module.parameters(recurse=False):
+                    if not param.requires_grad:
+                        param.data = param.data.bfloat16()
+
+    # ------------------------------------------------------------------------------------------------ LoRA
+
+    def add_lora(self, rank):
+        """Freeze the network and add adapters to its attention. Adapters of an earlier run are trained on."""
+        from peft import LoraConfig
+        if self.lora_rank not in (0, rank):
+            raise ValueError(f"--lora-rank {rank}: the run that --pretrained names has adapters of rank "
+                             f"{self.lora_rank}")
+        if self.lora_rank:
+            return
+        self.lora_rank = rank
+        self.network.requires_grad_(False)
+        self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                            target_modules=LORA_MODULES))
+
+    def load_lora(self, path):
+        """Load the adapters that `save_pretrained` wrote; ValueError if they belong to another network."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        prefix = f"{self.component_name}."
+        try:
+            lora_state = {name.removeprefix(prefix): value for name, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error})") from None
+        expected = {name: value.shape for name, value in get_peft_model_state_dict(self.network).items()}
+        if {name: value.shape for name, value in lora_state.items()} != expected:
+            raise ValueError(f"{path} does not hold the adapters of this network")
+        set_peft_model_state_dict(self.network, lora_state)
+        self.lora_preloaded = True
+
+    def frozen_copy(self):
+        """With new adapters no second network is needed: the same one without its adapters is the frozen
+        model. Adapters of an earlier run belong to the frozen model, so these are copied."""
+        if not self.lora_rank or self.lora_preloaded:
+            return super().frozen_copy()
+        frozen = copy.copy(self)
+        frozen.lora_disabled = True
+        return frozen
+
+    # ------------------------------------------------------------------------------------------- the result
+
+    def save_pretrained(self, run_dir, sampling_configs, **metadata):
+        """Write a LoRA file and a scheduler folder, or a whole pipeline folder, and README.md, which tells
+        how plain diffusers opens it. All processes must call it."""
+        from peft import get_peft_model_state_dict
+        scheduler = export.make_scheduler(self, export.is_few_step(sampling_configs))
+        state = get_peft_model_state_dict(self.network) if self.lora_rank else self.network.state_dict()
+        state = distributed.gather_full(state, cpu_rank0=True)
+        if distributed.get_rank() > 0:
+            return
+        if self.lora_rank:
+            with atomic_write(run_dir / "pytorch_lora_weights.safetensors") as tmp_path:
+                lora_layers = {f"{self.component_name}_lora_layers": state}
+                self.pipeline_cls.save_lora_weights(tmp_path.parent, weight_name=tmp_path.name, **lora_layers)
+            with atomic_write(run_dir / "scheduler") as tmp_path:
+                scheduler.save_pretrained(tmp_path)
+        else:
+            pipe = pipelines.load_pipeline(self.pipeline_cls, self.pretrained_path, scheduler=scheduler)
+            getattr(pipe, self.component_name).load_state_dict(state)
+            with atomic_write(run_dir / "pipeline") as tmp_path:
+                pipe.save_pretrained(tmp_path)
+        card = export.model_card(self, run_dir, scheduler, sampling_configs, metadata)
+        atomic_write_text(run_dir / "README.md", card)
+
+
+class SD15(LatentDenoiser):
+    """Stable Diffusion 1.x: a U-Net with integer timesteps, one CLIP text encoder."""
+
+    def encode_prompt(self, captions):
+        pipe = self._pipe[0]
+        text = pipe.encode_prompt(captions, distributed.get_device(), 1, False)[0]          # (B, 77, 768)
+        ids = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        end = (ids == pipe.tokenizer.eos_token_id).int().argmax(1)  # CLIP's pooled output is at this token
+        return {"text": text, "pooled": text[torch.arange(len(text)), end.to(text.device)]}
+
+    def call_network(self, x, t_input, cond):
+        return self.network(x, t_input, cond["text"]).sample
+
+
+class SDXL(LatentDenoiser):
+    """Stable Diffusion XL: two CLIP text encoders; the network is also given the size of the original image
+    and the corner of the crop."""
+
+    def encode_prompt(self, captions):
+        pipe = self._pipe[0]
+        text, _, pooled, _ = pipe.encode_prompt(captions, device=distributed.get_device(),
+                                                do_classifier_free_guidance=False)
+        if pipe.config.force_zeros_for_empty_prompt:  # zeros stood for "no caption" in SDXL's training
+            keep_mask = torch.tensor([bool(caption) for caption in captions], device=text.device).to(text)
+            text, pooled = text * keep_mask[:, None, None], pooled * keep_mask[:, None]
+        return {"text": text, "pooled": pooled}
+
+    def encode_prompts(self, captions, micro_cond=None):
+        cond = super().encode_prompts(captions)
+        if micro_cond is None:
+            return cond
+        return {**cond, "micro_cond": micro_cond.to(self.alpha.device)}
+
+    def call_network(self, x, t_input, cond):
+        micro_cond = cond.get("micro_cond")
+        if micro_cond is None:
+            micro_cond = torch.tensor([[self.resolution, self.resolution, 0, 0]], device=x.device)
+        target_size = torch.full_like(micro_cond[:, :2], self.resolution)
+        time_ids = torch.cat([micro_cond, target_size], 1).expand(len(x), 6)
+        added_cond = {"text_embeds": cond["pooled"], "time_ids": time_ids}
+        return self.network(x, t_input, cond["text"], added_cond_kwargs=added_cond).sample
+
+
+class SD3(LatentDenoiser):
+    """Stable Diffusion 3: a transformer trained by rectified flow, two CLIP text encoders and T5."""
+
+    component_name = "transformer"
+
+    def encode_prompt(self, captions):
+        text, _, pooled, _ = self._pipe[0].encode_prompt(
+            captions, None, None, device=distributed.get_device(), do_classifier_free_guidance=False)
+        return {"text": text, "pooled": pooled}
+
+    def call_network(self, x, t_input, cond):
+        return self.network(x, cond["text"], cond["pooled"], t_input).sample
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+# the Denoiser, the pipeline's class in diffusers, the default hub id, that model's resolution
+MODEL_FAMILIES = {
+    "sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
+    "sdxl": (SDXL, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", 1024),
+    "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
+
+
+def is_run_dir(source):
+    """Whether a folder is a run of train.py; a diffusers folder has a model_index.json."""
+    return (Path(source) / "config.json").is_file() and not (Path(source) / "model_index.json").is_file()
+
+
+def load_denoiser(model_name, pretrained=None, resolution=None):
+    """-> the Denoiser of a family. ValueError or OSError with one sentence if that is not possible.
+
+    model_name: a key of MODEL_FAMILIES. pretrained: a diffusers folder, a run folder or a hub id (default:
+    the family's). resolution: side of the images in pixels (default: that of the run or checkpoint)."""
+    denoiser_cls, class_name, default_hub_id, family_resolution = MODEL_FAMILIES[model_name]
+    source = str(pretrained or default_hub_id)
+    if is_run_dir(source):
+        return load_run(model_name, Path(source), resolution)
+    is_folder = (Path(source) / "model_index.json").is_file()
+    if Path(source).exists() and not is_folder:
+        raise ValueError(f"--pretrained {source}: wanted a diffusers folder, found no model_index.json in it")
+    found_cls = pipelines.read_model_index(source).get("_class_name")
+    if is_folder and found_cls != class_name:
+        raise ValueError(f"--pretrained {source} holds a {found_cls}: --model {model_name} wants a "
+                         f"{class_name}")
+    if not is_folder and (source.count("/") != 1 or source[0] in "./~"):
+        raise FileNotFoundError(f"--pretrained {source}: no such folder, and no hub id either (OWNER/NAME)")
+    pipelines.silence_libraries()
+    import diffusers
+    try:
+        pipe = pipelines.load_pipeline(getattr(diffusers, class_name), source)
+    except Exception as error:  # hub, disk, JSON and safetensors: each raises its own kind
+        reason = str(error).strip().split("\n")[0][:200]
+        if is_folder:
+            hint = "complete it, copy it again, or convert its .bin files to .safetensors"
+        else:
+            hint = (f"check the network, and whether https://huggingface.co/{source} wants its licence "
+                    "accepted and a login (`hf auth login`); or name a local folder with --pretrained")
+        raise OSError(f"cannot load {source} ({type(error).__name__}: {reason}); {hint}") from None
+    if resolution is None:
+        network_config = getattr(pipe, denoiser_cls.component_name).config
+        resolution = pipelines.checkpoint_resolution(network_config, pipe.vae.config) or family_resolution
+    return denoiser_cls(pipe, resolution, source)
+
+
+def load_run(model_name, run_dir, resolution):
+    """The result of a run of train.py: its pipeline, or its LoRA on the model that it started from."""
+    run_config = load_run_config(run_dir / "config.json")
+    if run_config["model"] != model_name:
+        raise ValueError(f"{run_dir} is a run of {run_config['model']}, not of --model {model_name}")
+    if resolution is None:
+        resolution = run_config["resolution"]
+    if (run_dir / "pipeline").is_dir():
+        return load_denoiser(model_name, run_dir / "pipeline", resolution)
+    lora_path = run_dir / "pytorch_lora_weights.safetensors"
+    is_circular = Path(run_config["pretrained"] or ".").resolve() == run_dir.resolve()
+    if not run_config["lora_rank"] or is_circular or not lora_path.is_file():
+        raise FileNotFoundError(f"{run_dir} has no result yet: train.py --resume finishes the run")
+    denoiser = load_denoiser(model_name, run_config["pretrained"], resolution)
+    denoiser.add_lora(run_config["lora_rank"])
+    denoiser.load_lora(lora_path)
+    return denoiser

@@ -1,0 +1,1 @@
+"""Scripts around the training: run them from the repository's root as `python -m scripts.NAME`."""

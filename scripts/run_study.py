@@ -1,0 +1,265 @@
+"""Trains and measures the rows of a table:
+
+    python -m scripts.run_study adt --data glyphs      ADT, other discriminators, plain fine-tuning; 3 seeds
+    python -m scripts.run_study adt-ablations          what each part of ADT is worth; 1 seed
+    python -m scripts.run_study add --data fashion     the ADD student and its teacher; 3 seeds
+    python -m scripts.run_study add-table1             Table 1 of the ADD paper on small images; 1 seed
+
+Every run has a folder in OUTPUT_DIR/runs/ and a JSON file beside it with its metrics. What is measured is
+not repeated and what was interrupted continues, so a study may be stopped at any time. --output-dir results
+--no-train prints the tables from the measurements in results/. Read next: scripts/make_figures.py"""
+
+import argparse
+import itertools
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import data
+import train
+from evaluate import Evaluator, evaluate_model
+from models.loading import load_model
+from utils import checkpoint
+from utils.failures import clear_exit
+from utils.plotting import aggregate_seeds, format_steps, metrics_table
+
+
+@dataclass
+class Experiment:
+    """One row of a table. paper_value: what the paper measured for the same change."""
+
+    label: str
+    overrides: list = field(default_factory=list)                      # KEY=VALUE, as after --set
+    method: str = "adt"
+    steps: int | None = None                                           # default: the method's
+    paper_value: str = ""
+
+
+@dataclass
+class Study:
+    """A table. A sampling config is (number of sampler steps, settings of the sampler)."""
+
+    rows: list
+    base_configs: list                                                 # with which the base is measured
+    run_configs: list | None = None                                    # of every run; default: the run's own
+    extra_configs: list = field(default_factory=list)                  # of the first seed's runs, in addition
+    seeds: int = 1
+
+
+TEN_STEPS = [(10, {})]
+EXTRA_CONFIGS = [(4, {}), (20, {}), (10, {"timestep_shift": 3.}), (10, {"stochasticity": .5}),
+                 (10, {"guidance_scale": 2.})]
+
+# paper_value: FID (lower is better) / CLIP score (higher is better) on COCO with one student step.
+# With the default lambda_distill = 2.5 the gradient of the adversarial loss is 23 times that of the
+# distillation loss, so the variants of the distillation loss are compared with a higher weight.
+HIGH_LAMBDA = "lambda_distill=25"
+TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value) for label, overrides, paper_value in [
+    ("backbone: ViT (default)", [], "DINOv2-S 20.6 / .319"),
+    ("backbone: CNN", ["backbone=cnn"], "CLIP-L 23.3 / .308"),
+    ("backbone: random weights", ["backbone=random"], ""),
+    ("conditioning: none", ["disc_conditioning=none"], "21.2 / .302"),
+    ("conditioning: text", ["disc_conditioning=text"], "21.2 / .307"),
+    ("conditioning: image", ["disc_conditioning=image"], "21.1 / .316"),
+    ("conditioning: text and image (default)", [], "20.6 / .319"),
+    ("student initialised at random", ["init=random"], "293.6 / .065"),
+    ("adversarial loss only", ["lambda_distill=0"], "20.8 / .315"),
+    ("distillation loss only", ["lambda_adv=0"], "315.6 / .076"),
+    ("adversarial and distillation loss (default)", [], "20.6 / .319"),
+    ("relativistic hinge (default)", [], ""),
+    ("hinge of each image (paper)", ["relativistic=false"], "20.6 / .319"),
+    ("λ = 25: exponential, L2", [HIGH_LAMBDA], "20.6 / .319"),
+    ("λ = 25: SDS", [HIGH_LAMBDA, "distill_weighting=sds"], "22.3 / .325"),
+    ("λ = 25: NFSD", [HIGH_LAMBDA, "distill_weighting=nfsd"], "21.8 / .327"),
+    ("λ = 25: 2 teacher steps", [HIGH_LAMBDA, "teacher_steps=2"], "20.8 / .321"),
+    ("λ = 25: 4 teacher steps", [HIGH_LAMBDA, "teacher_steps=4"], "20.3 / .317"),
+    ("λ = 25: L1", [HIGH_LAMBDA, "distill_loss=l1"], "L2 is best"),
+    ("λ = 25: pseudo-Huber", [HIGH_LAMBDA, "distill_loss=huber"], "L2 is best")]]
+
+STUDIES = {
+    "adt": Study([
+        Experiment("diffusion loss only, 2,050 training steps", method="diffusion", steps=2050),
+        Experiment("similarity of features, image-to-image start",
+                   ["discriminator=similarity", "rollout_start=image"]),
+        Experiment("unpaired discriminator", ["discriminator=projected"]),
+        Experiment("ADT, default settings"),
+        Experiment("ADT, default settings, 900 training steps", steps=900)],
+        base_configs=[*TEN_STEPS, *EXTRA_CONFIGS, (50, {}), (50, {"guidance_scale": 2.})],
+        run_configs=TEN_STEPS, extra_configs=EXTRA_CONFIGS, seeds=3),
+    "adt-ablations": Study([
+        Experiment("ADT, default settings"),
+        Experiment("no diffusion loss", ["lambda_diff=0"]),
+        Experiment("unpaired discriminator", ["discriminator=projected"]),
+        Experiment("similarity discriminator", ["discriminator=similarity"]),
+        Experiment("image-to-image start", ["rollout_start=image"]),
+        Experiment("gradient through the network's inputs", ["input_grad_scale=1"]),
+        Experiment("K = 1", ["num_grad_steps=1"]),
+        Experiment("K = 5", ["num_grad_steps=5"]),
+        Experiment("K = all", ["grad_step_selection=all"]),
+        Experiment("last K = 2", ["grad_step_selection=last"]),
+        Experiment("no augmentation", ["augment_strength=0"])],
+        base_configs=TEN_STEPS, run_configs=TEN_STEPS),
+    "add": Study([
+        Experiment("ADD student, default settings", method="add"),
+        Experiment("ADD student, trained for longer", ["lr=5e-5", "pure_noise_prob=.75"], "add", 4000)],
+        base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
+    "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
+}
+
+
+# ------------------------------------------------------------------------------------- training and measuring
+
+def train_or_load(experiment, data_name, seed, steps, run_dir):
+    """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time}."""
+    weights = run_dir / "denoiser.safetensors"
+    if not (weights.is_file() and checkpoint.load_weights(weights)[1]["steps"] == steps):
+        cli_args = ["--steps", str(steps), "--eval-samples", "0"]
+        if (run_dir / "checkpoint.pt").is_file():
+            cli_args += ["--resume", str(run_dir)]
+        else:
+            cli_args += ["--method", experiment.method, "--data", data_name, "--seed", str(seed),
+                         "--output-dir", str(run_dir), "--overwrite"]
+            for override in experiment.overrides:
+                cli_args += ["--set", override]
+        train.main(cli_args)
+    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    times = [row["seconds"] for row in log]
+    step_times = [after - before for before, after in zip([0., *times], times)]
+    median_step = statistics.median(step_times)                        # so that pauses do not count
+    return load_model("tiny", data_name, run_dir), {"minutes": median_step * steps / 60}
+
+
+def config_label(num_steps, settings):
+    """'10 steps, timestep_shift 3'. A student has one way of sampling, which is not spelt out."""
+    parts = [format_steps(num_steps)]
+    if "t_max" not in settings:
+        parts += [f"{name} {value:g}" for name, value in settings.items()]
+    return ", ".join(parts)
+
+
+def cached_metrics(path, evaluator, configs, load_fn):
+    """Measure a model with every sampling config -> yields (label of the config, metrics). What the JSON file
+    `path` holds is not measured again. load_fn: called once, if something is missing -> model, further
+    metrics; None: skip what is missing."""
+    try:
+        cached = dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it, and the run is measured again") from None
+    model = None
+    for num_steps, settings in configs:
+        label = config_label(num_steps, settings)
+        key = f"{label} ({len(evaluator.captions)} images)"
+        if key not in cached and load_fn is None:
+            continue
+        if key not in cached:
+            if model is None:
+                model, further_metrics = load_fn()
+            cached[key] = {**evaluate_model(evaluator, model, num_steps, **settings), **further_metrics}
+            checkpoint.atomic_write_text(path, json.dumps(cached, indent=1) + "\n")
+        yield label, cached[key]
+
+
+def run_name(experiment, dataset_name, steps, seed):
+    """Name of a run's folder and of its file of metrics."""
+    return "-".join([experiment.method, dataset_name, *experiment.overrides, f"{steps}steps", f"seed{seed}"])
+
+
+def own_configs(experiment):
+    """The sampling configs that the experiment's method measures after training."""
+    config = train.build_config(experiment.method, experiment.overrides)
+    return [(num_steps, settings) for when, num_steps, settings in config.eval_sampling_configs()
+            if when == "after"]
+
+
+def collect_results(args, study, dataset, evaluator):
+    """Train and measure what is missing -> [(label, metrics)], the rows of the table before seeds are
+    averaged. Minutes are those of a recipe's quickest run, since runs may have shared the machine."""
+    runs_dir = Path(args.output_dir, "runs")
+    base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name), {})
+    rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
+            cached_metrics(runs_dir / f"base-{dataset.name}.json", evaluator, study.base_configs,
+                           base_load_fn)]
+    run_rows, minutes_per_step = [], {}
+    for seed, experiment in itertools.product(range(args.seeds or study.seeds), study.rows[:args.max_rows]):
+        steps = args.steps or experiment.steps or train.METHODS[experiment.method].default_steps
+        name = run_name(experiment, dataset.name, steps, seed)
+        configs = [*(study.run_configs or own_configs(experiment))]
+        if seed == 0:
+            configs += study.extra_configs
+        load_fn = partial(train_or_load, experiment, args.data, seed, steps, runs_dir / name)
+        if args.no_train:
+            load_fn = None
+        for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
+            recipe = (experiment.method, *experiment.overrides)
+            run_rows.append((experiment, label, metrics, recipe, steps))
+            pace = metrics["minutes"] / steps
+            minutes_per_step[recipe] = min(minutes_per_step.get(recipe, pace), pace)
+    for experiment, label, metrics, recipe, steps in run_rows:
+        minutes = minutes_per_step[recipe] * steps
+        rows.append((f"{experiment.label}, {label}", experiment.paper_value, {**metrics, "minutes": minutes}))
+    real_metrics = {**evaluator.real_metrics, "steps": "", "fd_excess": 0., "minutes": ""}
+    rows.append(("real images", "", real_metrics))
+    if any(experiment.paper_value for experiment in study.rows):
+        rows = [(label, value, {"paper": value, **metrics}) for label, value, metrics in rows]
+    return [(label, {name: round_metric(value) for name, value in metrics.items()})
+            for label, _, metrics in rows]
+
+
+def round_metric(value):
+    """Five digits, which do not depend on the number of threads."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(prog="python -m scripts.run_study", description=__doc__,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
+    parser.add_argument("--seeds", type=int, help="runs per row (default: the study's, 1 or 3)")
+    parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
+    parser.add_argument("--max-rows", type=int, help="train only so many rows of the table (default: all)")
+    parser.add_argument("--eval-samples", type=int, default=2000, help="images per measurement")
+    parser.add_argument("--no-train", action="store_true", help="print what has been measured, train nothing")
+    parser.add_argument("--output-dir", default="runs/studies", help="folder of runs, metrics and tables; "
+                        "results: the ones of this repository")
+    return parser, parser.parse_args(argv)
+
+
+def check_args(args):
+    for name in ("seeds", "steps", "max_rows", "eval_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    command = shlex.join(["python", "-m", "scripts.run_study", *(sys.argv[1:] if argv is None else argv)])
+    with clear_exit(parser, "run_study.py"):
+        check_args(args)
+        dataset = data.build_dataset(args.data)
+        evaluator = Evaluator(dataset, args.eval_samples)
+        (output_dir / "runs").mkdir(parents=True, exist_ok=True)
+        try:
+            rows = collect_results(args, STUDIES[args.study], dataset, evaluator)
+        except KeyboardInterrupt:
+            parser.exit(130, f"\nrun_study.py: stopped, metrics are saved; continue with: {command}\n")
+        except SystemExit as stop:                                     # of train.py: stopped, or failed
+            parser.exit(stop.code, f"run_study.py: the study continues with: {command}\n")
+        table = metrics_table(aggregate_seeds(rows), all_columns=True)
+        name = f"{args.study}-{dataset.name}"
+        checkpoint.atomic_write_text(output_dir / f"study-{name}.json", json.dumps(rows, indent=0))
+        checkpoint.atomic_write_text(output_dir / f"{name}.md", table + "\n")
+    print(f"\n{table}\n\nwrote {output_dir / name}.md")
+
+
+if __name__ == "__main__":
+    main()

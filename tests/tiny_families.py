@@ -1,0 +1,102 @@
+"""Fixtures for tests of the large models: tiny pipelines of the real classes, a folder of images, an empty
+cache of text encodings. Test modules import them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from models import loading
+from scripts import tiny_pipelines
+from utils import distributed
+
+FAMILIES = "sd15", "sdxl", "sd3"
+RESOLUTION = tiny_pipelines.RESOLUTION
+CAPTIONS = ["a red fox", "two blue boats"]
+
+
+def make_images(folder, n=3):
+    """A folder of n captioned images -> folder."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for i in range(n):
+        Image.new("RGB", (40 + i % 9, 60), (80 * i % 256, 10, 200)).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"a picture {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A folder with sd15, sdxl, sd3, dino, and images."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name in FAMILIES:
+        tiny_pipelines.make_pipeline(name, folder)
+    tiny_pipelines.make_dino(folder / "dino")
+    make_images(folder / "images")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path, monkeypatch):
+    """An empty cache folder, and fp32 instead of autocast."""
+    def no_autocast():
+        return torch.autocast("cpu", enabled=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(distributed, "autocast_bf16", no_autocast)
+    monkeypatch.setattr(train, "autocast_bf16", no_autocast)
+    return tmp_path / "cache"
+
+
+def build_model(pretrained, name, rank=0):
+    """A model of the family; with a rank its LoRA adapters are random, so that they change the output."""
+    model = loading.load_model(name, "", pretrained / name, RESOLUTION)
+    if rank:
+        torch.manual_seed(1)
+        model.add_lora(rank)
+        with torch.no_grad():
+            for param in trainable(model):
+                param.normal_(0, .1)
+    return model
+
+
+def trainable(model):
+    return [param for param in model.network.parameters() if param.requires_grad]
+
+
+def train_args(pretrained, name, *args):
+    """Arguments of train.py for a run on the tiny pipeline."""
+    return ["--model", name, "--pretrained", str(pretrained / name), "--backbone", str(pretrained / "dino"),
+            "--data", str(pretrained / "images"), "--resolution", str(RESOLUTION), "--eval-samples", "0",
+            "--set", "batch_size=2", *args]
+
+
+def setup_run(pretrained, name, method, *args):
+    """The Trainer of a short run; nothing is written."""
+    short = [] if method == "add" else ["--set", "num_inference_steps=3", "--set", "num_grad_steps=2"]
+    args = train_args(pretrained, name, "--method", method, "--steps", "4", "--set", "warmup_steps_d=0",
+                      *short, *args)
+    return train.setup(train.parse_args(args)[1])[2]
+
+
+def write_run_config(run_dir, name, pretrained_path, lora_rank=0, resolution=RESOLUTION):
+    """The config.json of a run of train.py."""
+    run_config = {"method": "adt", "model": name, "data": "cats", "pretrained": str(pretrained_path),
+                  "seed": 0, "steps": 1, "overrides": [], "resolution": resolution, "lora_rank": lora_rank}
+    Path(run_dir, "config.json").write_text(json.dumps(run_config))
+
+
+def sample_pipeline(pipe, captions, noise, **arguments):
+    """Images of a diffusers pipeline from given noise -> (B, 3, H, W) in [-1, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    height, width = RESOLUTION, RESOLUTION
+    arguments = {"height": height, "width": width, **arguments}
+    return pipe(captions, latents=noise.clone(), output_type="pt", **arguments).images * 2 - 1
+
+
+def initial_noise(model, n, seed):
+    """The noise that evaluate.sample starts from."""
+    return torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(seed))

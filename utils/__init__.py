@@ -1,0 +1,1 @@
+"""Helpers without knowledge of the methods: configuration, checkpoints, processes, metrics, plots."""

@@ -1,0 +1,103 @@
+"""How a program ends when something goes wrong: one sentence and an exit code, never a traceback.
+
+    1    the run failed: NaN, out of memory             2    a wrong argument, file or folder
+    130  stopped by Ctrl-C      143  stopped by SIGTERM (as shells have it: a stopped run has not succeeded)
+"""
+
+import signal
+from contextlib import contextmanager, suppress
+
+import torch
+
+from utils import config, distributed
+from utils.image_folder import printable
+
+
+class RunFailed(Exception):
+    """A sentence for the user and an exit code. everywhere: the sentence may concern this process only."""
+
+    def __init__(self, message, code, everywhere=False):
+        super().__init__(message)
+        self.code, self.everywhere = code, everywhere
+
+
+def interrupt_on_sigterm():
+    """SIGTERM raises KeyboardInterrupt, like Ctrl-C, and is remembered in it."""
+    def handler(number, _):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def is_out_of_memory(error):
+    """CUDA has an exception of its own; on the CPU torch raises RuntimeError."""
+    text = str(error)
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            or isinstance(error, RuntimeError)
+            and ("can't allocate memory" in text or "out of memory" in text))
+
+
+OUT_OF_MEMORY = ("out of memory; use a smaller batch_size with more gradient_accumulation_steps, and for "
+                 "Stable Diffusion --gradient-checkpointing, --lora-rank or a smaller --resolution")
+
+
+@contextmanager
+def clear_exit(parser, program):
+    """Turn expected errors into one sentence on stderr and an exit code."""
+    def leave(code, message, everywhere=False):
+        is_shown = everywhere or distributed.get_rank() == 0
+        newline = "" if code == 2 else "\n"                           # a progress bar may end in mid-line
+        parser.exit(code, f"{newline}{program}: {printable(message)}\n" if is_shown else "")
+
+    try:
+        yield
+    except RunFailed as error:
+        leave(error.code, error, error.everywhere)
+    except KeyboardInterrupt as error:
+        leave(128 + (error.args[0] if error.args else signal.SIGINT), "stopped")
+    except (ValueError, OSError) as error:
+        leave(2, error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        leave(1, OUT_OF_MEMORY, everywhere=True)
+
+
+@contextmanager
+def explain_failures(trainer, run_dir, world_size, save):
+    """Inside the training loop: RunFailed says what happened, which checkpoint is good and how to resume.
+    save(): tries to keep the steps since the last checkpoint."""
+    resume = config.resume_command(run_dir, world_size)
+    try:
+        yield
+    except ArithmeticError as error:
+        restart = f" (--pretrained {run_dir})" if trainer.last_saved_step and trainer.is_small else ""
+        raise RunFailed(f"{error}; {checkpoint_hint(trainer, resume)}; --on-nan skip leaves such steps out; "
+                        f"a smaller lr, lr_d or lambda_adv{restart} may help", 1) from None
+    except (ValueError, OSError) as error:                             # data or disk, perhaps of one process
+        if distributed.get_world_size() == 1:
+            with suppress(OSError, ArithmeticError):
+                save()
+        raise RunFailed(f"{error}; {checkpoint_hint(trainer, resume)}", 2, everywhere=True) from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(f"step {trainer.step}: {OUT_OF_MEMORY}; {checkpoint_hint(trainer, resume)}", 1,
+                        everywhere=True) from None
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        raise stopped(trainer, resume, number) from None
+
+
+def checkpoint_hint(trainer, resume):
+    if trainer.last_saved_step:
+        return f"the checkpoint of step {trainer.last_saved_step} is good: {resume}"
+    return "nothing was saved before: start again with --overwrite"
+
+
+def stopped(trainer, resume, number):
+    """RunFailed for a run that was stopped by a signal after its state was saved."""
+    if trainer.step < trainer.total_steps:
+        return RunFailed(f"stopped after step {trainer.step}, everything is saved; continue with: {resume}",
+                         128 + number)
+    return RunFailed(f"stopped before the table, all {trainer.step} steps are saved; continue with: {resume}",
+                     128 + number)

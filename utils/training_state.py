@@ -1,0 +1,239 @@
+"""What a training run needs besides its algorithm: optimisers, EMA, micro-batches, seeds, and saving it all.
+
+train.Trainer inherits from this and adds the training step. Everything random is drawn from a seed that
+follows from the step's number, so a checkpoint holds no random state, a resumed run repeats what it would
+have done, and two processes draw what one process with two micro-batches draws.
+Read next: train.py
+"""
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+
+from utils import checkpoint, distributed
+
+GRAD_NORM_EVERY = 10                   # steps between two measurements of each loss term's gradient norm
+DIAGNOSE_WINDOW = 100                  # steps after which a useless discriminator is reported
+
+
+class TrainingState:
+    """model, teacher: Denoisers · disc: discriminator · method: the module with both losses · config: its
+    Config · dataset: source of batches · total_steps: length of the run."""
+
+    def __init__(self, model, teacher, disc, method, config, dataset, total_steps, seed=0, skip_nan=False):
+        self.model, self.teacher, self.disc = model, teacher, disc
+        self.method, self.config, self.dataset = method, config, dataset
+        self.step, self.total_steps, self.seed = 0, total_steps, seed
+        self.skip_nan, self.num_skipped = skip_nan, 0
+        self.last_saved_step = 0
+        self.is_small = not model.is_large or model.lora_rank > 0      # measured and saved often
+        self.warmup_steps_d = min(config.warmup_steps_d, total_steps // 4) if config.lambda_adv else 0
+        self.run_id = [method.__name__, dataset.name, seed]
+
+        self.num_micro_batches = config.gradient_accumulation_steps * distributed.get_world_size()
+        first_id = config.gradient_accumulation_steps * distributed.get_rank()
+        self.micro_batch_ids = range(first_id, first_id + config.gradient_accumulation_steps)
+        self.prefetch_pool, self.next_batch_future = ThreadPoolExecutor(1), None
+
+        self.g_params = [param for param in model.network.parameters() if param.requires_grad]
+        self.d_params = list(disc.parameters())
+        self.ema_params = [param.detach().clone() for param in self.g_params]
+        adamw_args = dict(weight_decay=0., fused=True)
+        self.opt_g = torch.optim.AdamW(self.g_params, config.lr, (config.beta1, .999), **adamw_args)
+        self.opt_d = torch.optim.AdamW(self.d_params, config.lr_d, (config.beta1_d, .99), **adamw_args)
+
+    # ---------------------------------------------------------------------------------- batches and seeds
+
+    def next_batches(self):
+        """This step's micro-batches; a thread prepares those of the next step meanwhile."""
+        future = self.next_batch_future or self.prefetch_pool.submit(self.load_batches, self.step)
+        is_last_step = self.step + 1 >= self.total_steps
+        self.next_batch_future = None
+        if not is_last_step:
+            self.next_batch_future = self.prefetch_pool.submit(self.load_batches, self.step + 1)
+        return [batch.to(self.model.alpha.device, self.model.resolution) for batch in future.result()]
+
+    def load_batches(self, step):
+        """Images and captions of a step. They depend on its number only."""
+        batches = []
+        for micro_batch_id in self.micro_batch_ids:
+            generator = torch.Generator().manual_seed(self.derive_seed(micro_batch_id, "data", step=step))
+            batch = self.dataset.sample_batch(self.config.batch_size, generator)
+            batch.generator = torch.Generator().manual_seed(self.derive_seed("path", step=step))
+            batches.append(batch)
+        return batches
+
+    def derive_seed(self, *tags, step=None):
+        """A random seed from the run's seed, the step and a purpose."""
+        tags = (self.seed, self.step if step is None else step, *tags)
+        return int.from_bytes(hashlib.sha256(repr(tags).encode()).digest()[:8])
+
+    # ------------------------------------------------------------------------------------- gradients and EMA
+
+    def set_learning_rate(self):
+        """Linear decay to 0 for the generator; the discriminator's rate is constant."""
+        for group in self.opt_g.param_groups:
+            group["lr"] = self.config.lr * (1 - self.step / self.total_steps)
+
+    def generator_backward(self, losses):
+        """Backward pass of the sum of the losses. Every GRAD_NORM_EVERY steps one term at a time, to measure
+        its gradient norm -> {"grad_norm/term": value}, otherwise {}."""
+        num_g_updates = self.step - self.warmup_steps_d
+        if not self.is_small or num_g_updates % GRAD_NORM_EVERY:
+            (sum(losses.values()) / self.num_micro_batches).backward()
+            return {}
+        scale = self.num_micro_batches
+        if distributed.is_sharded(self.g_params[0]):                   # summed over the processes already
+            scale = self.config.gradient_accumulation_steps
+        grad_norms, last_name = {}, list(losses)[-1]
+        for name, loss in losses.items():
+            grads_before = [None if param.grad is None else param.grad.clone() for param in self.g_params]
+            (loss / self.num_micro_batches).backward(retain_graph=name != last_name)  # terms share a graph
+            grad_norms[f"grad_norm/{name}"] = scale * distributed.grad_norm_since(self.g_params, grads_before)
+        return grad_norms
+
+    def check_finite(self, logs):
+        """Whether an update may be made with these losses and norms. A NaN or infinity stops the run
+        (ArithmeticError) or, with skip_nan, skips the update."""
+        bad = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
+        if bad and not self.skip_nan:
+            raise ArithmeticError(f"step {self.step}: {bad[0]}")
+        if bad:
+            self.num_skipped += 1
+        return not bad
+
+    def reduce_mean(self, rows):
+        """Logs of this process's micro-batches -> their mean over all micro-batches of all processes."""
+        values = torch.tensor([list(row.values()) for row in rows], dtype=torch.float64).sum(0)
+        values = (values / self.num_micro_batches).to(self.model.alpha.device)
+        distributed.all_reduce_sum_([values])
+        return dict(zip(rows[0], values.tolist()))
+
+    @torch.no_grad()
+    def update_ema(self):
+        """EMA with a short memory at first: the decay of update k is at most (k + 1) / (k + 10)."""
+        num_g_updates = self.step - self.warmup_steps_d
+        decay = min(self.config.ema_decay, (num_g_updates + 1) / (num_g_updates + 10))
+        torch._foreach_lerp_(self.ema_params, self.g_params, 1 - decay)
+
+    @contextmanager
+    def ema_weights(self):
+        """The model with its EMA weights, which are shown, measured and exported; afterwards as before."""
+        self.swap_ema()
+        try:
+            yield self.model
+        finally:
+            self.swap_ema()
+
+    @torch.no_grad()
+    def swap_ema(self):
+        for param, ema_param in zip(self.g_params, self.ema_params):
+            backup = param.clone()
+            param.copy_(ema_param)
+            ema_param.copy_(backup)
+        distributed.reshard_(self.model.network)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self):
+        """Everything the next step depends on, on the CPU of process 0."""
+        state = {"run_id": self.run_id, "data": self.dataset.fingerprint, "step": self.step,
+                 "num_skipped": self.num_skipped, "warmup_steps_d": self.warmup_steps_d,
+                 "params": [param.detach() for param in self.g_params], "ema": self.ema_params,
+                 "disc": self.disc.state_dict(), "opt_g": self.opt_g.state_dict(),
+                 "opt_d": self.opt_d.state_dict()}
+        return distributed.gather_full(state, cpu_rank0=True)
+
+    def load_state_dict(self, state):
+        """RuntimeError if the state is not of this run."""
+        checkpoint.validate_checkpoint(state, self.run_id, self.g_params, self.d_params)
+        with torch.no_grad():
+            for param, saved in zip(self.g_params + self.ema_params, state["params"] + state["ema"]):
+                param.copy_(distributed.distribute_like(saved, param))
+        self.disc.load_state_dict(state["disc"])
+        for optimizer, name, params in ((self.opt_g, "opt_g", self.g_params),
+                                        (self.opt_d, "opt_d", self.d_params)):
+            moments = {i: {key: distributed.distribute_like(value, params[i]) for key, value in saved.items()}
+                       for i, saved in state[name]["state"].items()}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        self.step = self.last_saved_step = state["step"]
+        self.num_skipped, self.warmup_steps_d = state["num_skipped"], state["warmup_steps_d"]
+
+    def save(self, run_dir, log, sampling_configs, metadata):
+        """Write checkpoint.pt and, if it is small or the run has ended, the result for other programs.
+        ArithmeticError if a weight is not finite, OSError if the disk refuses; the old files then stay."""
+        moments = [value for optimizer in (self.opt_g, self.opt_d) for row in optimizer.state.values()
+                   for value in row.values()]
+        tensors = [*self.g_params, *self.ema_params, *self.d_params, *moments]
+        is_finite = all(distributed.to_local(tensor).isfinite().all() for tensor in tensors)
+        if distributed.any_rank(not is_finite):
+            raise ArithmeticError(f"step {self.step}: a weight is NaN or infinite")
+        checkpoint.save_checkpoint(run_dir, self.state_dict(), log)
+        self.last_saved_step = self.step
+        if self.is_small or self.step == self.total_steps:
+            def export():
+                with self.ema_weights() as model:
+                    model.save_pretrained(run_dir, sampling_configs, steps=self.step, **metadata)
+            checkpoint.save_on_all_ranks(f"the result of step {self.step}", export)
+
+    def resume(self, run_dir, allow_data_change=False):
+        """Continue from the checkpoint in run_dir. ValueError if it is damaged, of another run, of other
+        data, or already past total_steps."""
+        trained_on = []
+
+        def restore(state):
+            self.load_state_dict(state)
+            trained_on.append(state["data"])
+
+        checkpoint.load_checkpoint(run_dir, restore)
+        if trained_on[0] != self.dataset.fingerprint and not allow_data_change:
+            raise ValueError(f"{run_dir} was trained on other images or captions than '{self.dataset.name}' "
+                             "has now: restore the data set, or add --allow-data-change")
+        if self.step > self.total_steps:
+            raise ValueError(f"{run_dir} is at step {self.step} already, past --steps {self.total_steps}")
+
+
+def prepare_networks(model, run_config, needs_teacher, random_init):
+    """Add LoRA, copy the teacher, initialise, move to the device and shard -> teacher (a frozen Denoiser; on
+    the CPU if only the final evaluation needs it). run_config["lora_rank"] becomes the model's."""
+    device = distributed.get_device()
+    if run_config["lora_rank"]:
+        model.add_lora(run_config["lora_rank"])
+    run_config["lora_rank"] = model.lora_rank                          # the weights may have had adapters
+    if model.lora_rank and device.type == "cuda" and not run_config["fsdp"]:
+        model.cast_frozen_to_bf16()
+    teacher = model.frozen_copy()
+    if random_init:
+        model.reset_parameters()
+    if run_config["gradient_checkpointing"]:
+        model.enable_gradient_checkpointing()
+    model.to(device)
+    if needs_teacher:
+        teacher.to(device)
+    if run_config["fsdp"]:
+        distributed.apply_fsdp(model.network)
+        if needs_teacher and teacher.network is not model.network:
+            distributed.apply_fsdp(teacher.network)
+    return teacher
+
+
+def diagnose_discriminator(rows):
+    """A warning if D was useless in every one of the last DIAGNOSE_WINDOW steps, else None. ArithmeticError
+    if no update of these steps was finite."""
+    if len(rows) < DIAGNOSE_WINDOW:
+        return None
+    if all(None in row.values() for row in rows):
+        raise ArithmeticError(f"step {rows[-1]['step']}: none of the last {DIAGNOSE_WINDOW} steps was finite")
+    real, fake = ([row.get(f"acc_d_{side}", .5) or 0. for row in rows] for side in ("real", "fake"))
+    if min(fake) > .99 and max(real) > .01:
+        return (f"D accuracy on fakes has been above 99 % for {DIAGNOSE_WINDOW} steps: its gradient carries "
+                "no signal; try a smaller lr_d or n_critic, or a larger augment_strength or r1_gamma; "
+                "see docs/healthy_runs.md#d-too-strong")
+    if max(real) < .01 or max(fake) < .01:
+        return (f"D has given all images the same answer for {DIAGNOSE_WINDOW} steps: it has learned "
+                "nothing; try a larger lr_d or warmup_steps_d, or a smaller r1_gamma; "
+                "see docs/healthy_runs.md#d-too-weak")
+    return None
