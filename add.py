@@ -37,7 +37,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     r1_gamma: Annotated[float, "ours: weight of R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
     relativistic: Annotated[bool, "ours: hinge of D(real) - D(fake); false: of each image (paper)"] = True
     # student
-    t_max: Annotated[float, "ours: timestep given at pure noise, fraction of T (paper: 1)"] = 0.9
+    t_max: Annotated[float, "ours: timestep, alpha and sigma at pure noise, fraction of T (paper: 1)"] = 0.9
     pure_noise_prob: Annotated[float, "ours: fraction of the batch at pure noise; 0 = 1/n (paper)"] = 0.5
     backward_simulation_prob: Annotated[float, "ours: fraction of the other inputs that are noised student "
                                         "samples instead of noised real images (paper: 0)"] = 0.5
@@ -81,6 +81,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def check_model(self, model, is_sharded):
         """ValueError if the model cannot be trained with these settings."""
+        for _, num_steps, sampling in self.eval_sampling_configs():
+            sampler.make_timesteps(model.T, num_steps, t_max=sampling.get("t_max", 1.))
         self.timesteps(model.T)
         if model.is_large and self.t_max != 1:
             raise ValueError("t_max is 1 for Stable Diffusion: diffusers' schedulers sample its students and "
@@ -115,7 +117,7 @@ PRESET_SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(
 
 
 def student_prediction(model, x0, cond, config):
-    """The student's prediction at a random one of its timesteps -> x0_hat (B, C, h, w) with its graph;
+    """The student's prediction at a random student timestep -> x0_hat (B, C, h, w) with its graph;
     step_index (B,), 0 = tau_n; hide_image (B,), True where x_s holds nothing of the real x0.
 
     That is the case at pure noise, and with backward simulation, where x_s is made of the student's own
@@ -192,7 +194,7 @@ def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
     if config.disc_conditioning in ("text+image", "image"):
         cond_parts.append(disc.backbone.global_embedding(batch.image) * ~hide_image[:, None])
     if config.disc_time_conditioning:
-        onehot_scale = cond_parts[0].shape[1] ** .5 if cond_parts else 1.  # as long as the other parts
+        onehot_scale = cond_parts[0].shape[1] ** .5 if cond_parts else 1.  # same norm as the others
         cond_parts.append(onehot_scale * F.one_hot(step_index, config.student_steps))
     return torch.cat(cond_parts, 1) if cond_parts else None
 
@@ -229,7 +231,8 @@ def generator_loss(model, teacher, disc, batch, config):
 
 def discriminator_loss(disc, inputs, config):
     """-> {"d": loss, "r1": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs. Both images share
-    their conditioning. relativistic: each logit is the difference to the other image's."""
+    their conditioning. relativistic: the logits are D(real) - D(fake) and its negative, so both hinges and
+    both accuracies are equal; for the generator D(real) is a constant and its loss stays -D(fake)."""
     features = disc.backbone(augment_image(inputs.real, config))       # one (B, D, h, w) per layer
     logits_real = disc.logits(features, inputs.cond)
     logits_fake = disc(None, augment_image(inputs.fake.detach(), config), inputs.cond)

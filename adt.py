@@ -7,6 +7,7 @@ flow through K steps of the path and never through the network's inputs (sampler
 
     L_G = L_diffusion + lambda_adv (-D(x0, x0_hat))     L_D = relu(1 - D(x0, x0')) + relu(1 + D(x0, x0_hat))
 
+Our defaults start at pure noise and compare two logits; the presets of Stable Diffusion follow the paper.
 The same three names as in add.py: Config, generator_loss, discriminator_loss. Read next: train.py
 """
 
@@ -93,7 +94,6 @@ PRESETS = {
     "sdxl": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1),
     "sd3": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1, num_inference_steps=28,
                 timestep_sampling="logit_normal"),
-    "diffusion": dict(beta1=.9),       # the method: without an adversarial loss momentum does no harm
 }
 PRESET_SOURCES_COMMON = {"rollout_start": "paper", "discriminator": "secondary",
                          **dict.fromkeys([*COMAT_SETTINGS, "lr", "lr_d"], "secondary")}
@@ -163,9 +163,10 @@ def generator_loss(model, teacher, disc, batch, config):
 def discriminator_loss(disc, inputs, config):
     """-> {"d": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs.
 
-    The real pair is the real image twice, augmented independently; the fake pair is the real image and the
-    generated one. With a relativistic discriminator the members of the real pair are exchangeable, so its
-    hinge has a mean of at least 1 (Jensen) and only keeps their logits equal; D learns from the fake pair."""
+    The real pair is the real image twice, with the same geometry and independent colours and noise; the fake
+    pair is the real image and the generated one. With a relativistic discriminator the members of the real
+    pair are exchangeable: its hinge has a mean of at least 1 (Jensen) and acts only where the logits of two
+    views differ by more than 1; D learns from the fake pair."""
     real, fake = inputs.real, inputs.fake.detach()
     logits_real = disc(*augment_pair(real, real, config), inputs.cond)  # D(x0, x0')
     logits_fake = disc(*augment_pair(real, fake, config), inputs.cond)  # D(x0, sg[x0_hat])

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from utils import image_folder
 from utils.checkpoint import atomic_write, cache_dir
-from utils.image_folder import print_message, printable
+from utils.messages import BadInput, print_message, printable
 
 DEFAULT_RESOLUTION = 32       # height and width in pixels of glyphs and Fashion-MNIST
 CACHE_BYTES = 2 ** 30         # a folder's images are kept in memory if they are smaller than this
@@ -346,7 +346,7 @@ class FolderDataset:
             name = printable(path)[-200:]
             reason = printable(str(error).split(": '")[0] or type(error).__name__)[:100]
             if len(self.unreadable) > .01 * len(self.paths):
-                raise ValueError(f"cannot read the image {name} ({reason}): {len(self.unreadable)} of "
+                raise BadInput(f"cannot read the image {name} ({reason}): {len(self.unreadable)} of "
                                  f"{len(self.paths)} images are broken; repair or remove them") from None
             print_message(f"left out: {name} cannot be read ({reason}); {len(self.unreadable)} so far")
             return None

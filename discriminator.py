@@ -117,8 +117,8 @@ def build_backbone(network, images, noise_std=0.0):
 class Head(nn.Module):
     """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution, residual 3x3, 1x1.
 
-    Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm bounds
-    the slope of the logits."""
+    Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm as in
+    StyleGAN-T; where a group norm follows, the scale of the weights cancels anyway."""
 
     def __init__(self, in_channels, channels, out_channels, stride=1, spectral=False):
         super().__init__()

@@ -1,10 +1,11 @@
 """The formulas of both papers as pure functions of tensors.
 
-Both methods keep a regression loss as an anchor and add an adversarial loss. D is high on real images and low
-on generated ones. Where the papers sum over the discriminator's heads, this code takes the mean, and each
-head's logits are averaged over its tokens, so lambda does not depend on the number or the size of the heads.
+Both methods keep a regression loss and add an adversarial loss. D is high on real images and low on generated
+ones. The adversarial losses are means over heads and tokens where ADD's paper sums over heads, so lambda does
+not depend on their number; R1 is a sum over heads. Comments "ADT ..." and "ADD eq. ..." are the tags of
+docs/equations.md.
 
-    ADT:  L_G = L_diffusion + lambda (-D(fake))          ADD:  L_G = -D(fake) + lambda L_distill
+    ADT:  L_G = L_diffusion + lambda_adv (-D(fake))      ADD:  L_G = -D(fake) + lambda_distill L_distill
     both: L_D = relu(1 - D(real)) + relu(1 + D(fake))    (+ gamma R1 in ADD)
 
 Read next: discriminator.py
@@ -48,7 +49,7 @@ def hinge_fake(logits):
 
 
 def hinge_generator(logits):
-    """-D(fake) -> scalar. Linear: with relu(1 - D(fake)) the gradient would vanish at a margin of 1."""
+    """-D(fake) -> scalar. Linear: relu(1 - D(fake)) would have no gradient where D(fake) > 1."""
     return -sum(d.mean() for d in logits) / len(logits)                # ADT L_G, ADD eq. 2
 
 
@@ -73,7 +74,7 @@ def distillation_weight(weighting, alpha, sigma):
     if weighting == "exponential":
         return alpha                                                   # ADD eq. 4, c(t) = alpha_t
     if weighting in ("sds", "nfsd"):
-        return alpha / (2 * sigma) * sigma ** 2                        # ADD eq. 4, c(t) of SDS
+        return alpha / (2 * sigma) * sigma ** 2                        # ADD eq. 4, c(t) of SDS; sigma > 0
     raise ValueError(f"unknown distillation weighting '{weighting}': wanted exponential, sds or nfsd")
 
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 def make_timesteps(T, num_steps, shift=1.0, t_max=1.0):
     """Timesteps of a sampling path, "trailing" spacing -> (num_steps,) decreasing indices in 0..T-1.
 
-    The first is T-1, the last lies one stride above the cleanest index. shift: > 1 places more steps at the
-    noisy end, u -> shift u / (1 + (shift - 1) u); leave it at 1 for SD3, whose noise schedule is shifted
-    already. t_max: the first timestep as a fraction of T, for students that are given an earlier time than T
-    at pure noise (add.py). ValueError if the path is impossible."""
+    They are round(u T) - 1 for u = 1, ..., 1 / num_steps. shift: > 1 places more steps at the noisy end,
+    u -> shift u / (1 + (shift - 1) u); leave it at 1 for SD3, whose noise schedule is shifted already. t_max:
+    replaces the first u = 1, for students that are given an earlier time than T at pure noise (add.py).
+    ValueError if the path is impossible."""
     if not 1 <= num_steps <= T:
         raise ValueError(f"a sampling path has 1 to {T} steps, not {num_steps}")
     if not 0 < shift < float("inf"):
@@ -55,9 +55,11 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
             checkpointing=True, stochasticity=0.0, generator=None, callback=None):
     """Run the sampler from x at timesteps[0] to the clean latents x0 (B, C, h, w).
 
-    x: (B, C, h, w) · timesteps: (n,) decreasing indices · cond, uncond: from model.encode_prompts
+    x: (B, C, h, w) · cond, uncond: from model.encode_prompts
+    timesteps: (n,) decreasing indices, or (n, B), a path for each sample
     grad_steps: positions in timesteps whose network call keeps its graph; elsewhere its output is a constant
-    input_grad_scale: gradient let through the network's input; 0 is ADT's rule, 1 plain backpropagation
+    input_grad_scale: gradient let through the network's input; 0 is ADT's rule; 1, with all steps in
+    grad_steps, is plain backpropagation
     checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time
     stochasticity: fraction of new noise in every step; 0 is DDIM or Euler, 1 replaces eps completely
     callback(i, x0): called after every step with the current prediction."""
@@ -88,6 +90,7 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
 
 def sample_few_step(model, noise, timesteps, cond, stochasticity=1.0, generator=None, callback=None):
     """Sample a distilled student without guidance: predict x0, noise it to the next timestep, repeat.
+    evaluate.py does the same through rollout's stochasticity.
 
     noise: (B, C, h, w) ~ N(0, I). With stochasticity 1 the network's inputs are distributed as in ADD's
     training, with the student's x0 in place of the real one."""

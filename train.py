@@ -1,8 +1,8 @@
 """The training loop of all methods:        python train.py --method adt
 
 A step has two halves. In the generator half the discriminator is frozen and the generator is updated; in the
-discriminator half the generated images are constants and the discriminator is updated. What differs between
-methods is in adt.py and add.py, what differs between models in models/; this file knows neither.
+discriminator half the generated images are constants and the discriminator is updated. The losses of a method
+are in adt.py and add.py, the networks of a model in models/; the loop is the same for all of them.
 Read next: evaluate.py
 """
 
@@ -29,10 +29,12 @@ class Method(NamedTuple):
     module: Any                        # Config, generator_loss, discriminator_loss
     fixed: dict                        # settings that define the method
     default_steps: int
+    preset: dict = {}                  # settings that differ from the Config's defaults
 
 
 METHODS = {"adt": Method(adt, {}, 300), "add": Method(add, {}, 600),
-           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500)}         # fine-tuning without a discriminator
+           # fine-tuning without a discriminator, where momentum does no harm
+           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, {"beta1": .9})}
 MODELS = ["tiny", *loading.MODEL_FAMILIES]
 SAVE_EVERY_S = 60                      # seconds between two checkpoints of the tiny model
 
@@ -115,8 +117,7 @@ def train_loop(trainer, run_dir, sampling_configs, metadata, sample_grid, stop_r
         row = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in logs.items()}
         seconds = round(seconds_before + time.time() - start_time, 2)
         log.append({"step": step, **row, "seconds": seconds}, max_rows=DIAGNOSE_WINDOW)
-        shown = ("loss_diffusion", "loss_adv", "loss_d", "skipped_steps")
-        pbar.set_postfix({name: f"{logs[name]:.3g}" for name in shown if name in logs}, refresh=False)
+        pbar.set_postfix({k: f"{v:.3g}" for k, v in logs.items() if k.startswith("loss")}, refresh=False)
         if (step + 1) % DIAGNOSE_WINDOW == 0:
             warning = diagnose_discriminator(log.rows)
             if warning and is_main:
@@ -142,11 +143,8 @@ def parse_args(argv=None):
 
 
 def build_config(method_name, overrides, model_name="tiny"):
-    """The method's Config: defaults, the model's and the method's preset, then ["key=value", ...]."""
-    method = METHODS[method_name]
-    presets = method.module.PRESETS
-    defaults = {**presets.get(model_name, {}), **presets.get(method_name, {})}
-    return settings.build_config(method.module.Config, defaults, overrides, method.fixed)
+    """The method's Config: defaults, then the presets, then ["key=value", ...]."""
+    return settings.build_config(METHODS[method_name], overrides, model_name)
 
 
 def setup(args):
@@ -165,8 +163,6 @@ def setup(args):
                                run_config["resolution"])
     dataset = data.build_dataset(run_config["data"], model.resolution)
     config.check_model(model, run_config["fsdp"])
-    for _, num_steps, sampling_settings in config.eval_sampling_configs():
-        evaluate.sampling_timesteps(model, num_steps, sampling_settings)
     with torch.no_grad():                                              # every caption must be encodable
         model.precompute_prompt_embeds([*config.extra_prompts(), *dataset.all_captions])
         text_dim = model.encode_prompts([""])["pooled"].shape[1]
@@ -220,8 +216,8 @@ def run_training(args):
     metadata = {"data": trainer.dataset.name, **{k: run_config[k] for k in ("method", "overrides", "seed")}}
     sample_grid = lambda model: evaluate.sample(model, captions, num_steps, seed=1, **sampling_settings)
     with checkpoint.lock_run_dir(run_dir):
-        provenance = settings.method_provenance(trainer.method, trainer.config, run_config["model"])
-        checkpoint.create_run_dir(run_dir, run_config, provenance, bool(args.resume))
+        sources = settings.provenance(METHODS[run_config["method"]], trainer.config, run_config["model"])
+        checkpoint.create_run_dir(run_dir, run_config, sources, bool(args.resume))
         log = checkpoint.JsonlLog(run_dir / "log.jsonl", trainer.step)
         with failures.explain_failures(trainer, run_dir, run_config["world_size"],
                                        lambda: trainer.save(run_dir, log, sampling_configs, metadata)):
@@ -239,7 +235,7 @@ def main(argv=None):
     parser, args = parse_args(argv)
     with failures.clear_exit(parser, "train.py"):
         if args.overrides == ["help"]:
-            print(settings.settings_help(build_config(args.method or "adt", [], args.model or "tiny")))
+            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny"))
             return
         distributed.init_distributed()
         run_training(args)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import cache_dir
+from utils.messages import BadInput
 
 MEMORY_BYTES = 2 ** 30                 # encodings held in memory; the others are read from disk again
 FORMAT_VERSION = 1                     # to be raised when models/stable_diffusion.py encodes differently
@@ -43,7 +44,7 @@ class PromptCache:
         try:
             digest = hashlib.sha256(caption.encode()).hexdigest()
         except UnicodeEncodeError:
-            raise ValueError(f"a caption holds half a character: {ascii(caption[:60])}") from None
+            raise BadInput(f"a caption holds half a character: {ascii(caption[:60])}") from None
         return self.folder / f"{digest[:32]}.safetensors"
 
     def __contains__(self, caption):
@@ -75,7 +76,7 @@ class PromptCache:
         try:
             encoding = load_file(self.path(caption))
         except SafetensorError:
-            raise ValueError(f"{self.path(caption)} is damaged: delete it") from None
+            raise BadInput(f"{self.path(caption)} is damaged: delete it") from None
         encoding_bytes = sum(value.nbytes for value in encoding.values())
         if len(self.in_memory) * encoding_bytes > MEMORY_BYTES:
             oldest = next(iter(self.in_memory))

@@ -18,6 +18,7 @@ from models.denoiser import Denoiser
 from models.prompt_cache import PromptCache, text_encoding_hash
 from utils import distributed
 from utils.checkpoint import atomic_write, atomic_write_text, load_run_config
+from utils.messages import BadInput
 
 # the attention layers of U-Nets and of SD3's transformer
 LORA_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -121,7 +122,7 @@ class LatentDenoiser(Denoiser):
         """Encode the captions that are not in the cache yet."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self.prompt_cache]
         if missing and not self._pipe:
-            raise ValueError(f"the text encoders are unloaded and have not encoded '{missing[0][:80]}'")
+            raise BadInput(f"the text encoders are unloaded and have not encoded '{missing[0][:80]}'")
         device = distributed.get_device()
         for i in tqdm(range(0, len(missing), 64), "captions", disable=len(missing) < 5000):
             self.text_encoders_to(device)

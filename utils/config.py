@@ -99,22 +99,27 @@ def parse_value(kind, text):
     return number
 
 
-def build_config(config_cls, defaults, overrides, fixed=None):
-    """config_cls with `defaults` (a preset) and then `overrides`, ["key=value", ...]. fixed: settings that
-    the method itself defines. ValueError with one sentence."""
-    values, kinds = dict(defaults), typing.get_type_hints(config_cls)
+def preset_of(method, model_name):
+    """The settings in which a method (train.Method) and a model differ from the Config's defaults."""
+    return {**method.module.PRESETS.get(model_name, {}), **method.preset, **method.fixed}
+
+
+def build_config(method, overrides, model_name="tiny"):
+    """The method's Config: defaults, presets, then ["key=value", ...]. ValueError with one sentence."""
+    config_cls, values = method.module.Config, preset_of(method, model_name)
+    kinds = typing.get_type_hints(config_cls)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or key not in kinds:
             raise ValueError(f"--set {override}: wanted KEY=VALUE with a KEY of {', '.join(kinds)}; "
                              "--set help explains them")
-        if key in (fixed or {}):
-            raise ValueError(f"--set {override}: this method means {key}={fixed[key]}")
+        if key in method.fixed:
+            raise ValueError(f"--set {override}: this method means {key}={method.fixed[key]}")
         try:
             values[key] = parse_value(kinds[key], text)
         except ValueError as wanted:
             raise ValueError(f"--set {override}: {key} is {wanted}") from None
-    return config_cls(**{**values, **(fixed or {})})
+    return config_cls(**values)
 
 
 def as_overrides(settings):
@@ -123,28 +128,30 @@ def as_overrides(settings):
             settings.items()]
 
 
-def provenance(config, preset=None, preset_sources=None):
-    """-> {setting: [value, "source: meaning"]} for config.json. Values that come from a preset have the
-    source that the preset gives, `ours` if it gives none."""
+def provenance(method, config, model_name):
+    """-> {setting: [value, "source: meaning"]} for config.json. Values of a model's preset have the source
+    that PRESET_SOURCES gives, `ours` if it gives none; other values than the default are the `user`'s."""
     hints = typing.get_type_hints(type(config), include_extras=True)
-    notes = {name: hint.__metadata__[0] for name, hint in hints.items()}
-    for name, value in (preset or {}).items():
-        if getattr(config, name) == value:
-            meaning = notes[name].partition(":")[2]
-            notes[name] = f"{(preset_sources or {}).get(name, 'ours')}:{meaning}"
-    return {name: [value, notes[name]] for name, value in dataclasses.asdict(config).items()}
+    preset = preset_of(method, model_name)
+    preset_sources = method.module.PRESET_SOURCES.get(model_name, {})
+    notes = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        source, meaning = hints[field.name].__metadata__[0].split(":", 1)
+        if field.name in preset and value == preset[field.name]:
+            source = preset_sources.get(field.name, "ours")
+        elif value != field.default:
+            source = "user"
+        notes[field.name] = [value, f"{source}:{meaning}"]
+    return notes
 
 
-def method_provenance(module, config, model_name):
-    """provenance with the presets of a method's module for a model."""
-    return provenance(config, module.PRESETS.get(model_name), module.PRESET_SOURCES.get(model_name))
-
-
-def settings_help(config):
-    """All settings of a config, grouped by the class that declares them, as text."""
+def settings_help(method, model_name):
+    """All settings of a method for a model, grouped by the class that declares them, as text."""
     lines = ["Settings, their values, and where these come from (paper, secondary, ours). "
              "Change one with --set NAME=VALUE."]
-    notes = provenance(config)
+    config = build_config(method, [], model_name)
+    notes = provenance(method, config, model_name)
     for cls in type(config).__mro__[:-1]:
         lines.append(f"\n{cls.__module__}.{cls.__name__}: {cls.__doc__.splitlines()[0]}")
         hints = typing.get_type_hints(cls)

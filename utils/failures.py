@@ -1,16 +1,20 @@
-"""How a program ends when something goes wrong: one sentence and an exit code, never a traceback.
+"""How a program ends when something goes wrong: one sentence and an exit code instead of a traceback.
 
     1    the run failed: NaN, out of memory             2    a wrong argument, file or folder
     130  stopped by Ctrl-C      143  stopped by SIGTERM (as shells have it: a stopped run has not succeeded)
+
+Before training every ValueError and OSError is such a sentence; with the environment variable DEBUG=1 it
+keeps its traceback. In the training loop only BadInput and OSError are; others are faults of a program.
 """
 
+import os
 import signal
 from contextlib import contextmanager, suppress
 
 import torch
 
 from utils import config, distributed
-from utils.image_folder import printable
+from utils.messages import BadInput, printable
 
 
 class RunFailed(Exception):
@@ -48,6 +52,9 @@ def clear_exit(parser, program):
         newline = "" if code == 2 else "\n"                           # a progress bar may end in mid-line
         parser.exit(code, f"{newline}{program}: {printable(message)}\n" if is_shown else "")
 
+    if os.environ.get("DEBUG") == "1":
+        yield
+        return
     try:
         yield
     except RunFailed as error:
@@ -73,7 +80,7 @@ def explain_failures(trainer, run_dir, world_size, save):
         restart = f" (--pretrained {run_dir})" if trainer.last_saved_step and trainer.is_small else ""
         raise RunFailed(f"{error}; {checkpoint_hint(trainer, resume)}; --on-nan skip leaves such steps out; "
                         f"a smaller lr, lr_d or lambda_adv{restart} may help", 1) from None
-    except (ValueError, OSError) as error:                             # data or disk, perhaps of one process
+    except (BadInput, OSError) as error:                               # data or disk, perhaps of one process
         if distributed.get_world_size() == 1:
             with suppress(OSError, ArithmeticError):
                 save()

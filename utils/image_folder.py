@@ -15,7 +15,6 @@ import json
 import os
 import re
 import struct
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from utils import distributed
+from utils.messages import print_message, printable
 
 IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"    # no PostScript: it is a program
 METADATA_TABLES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
@@ -31,19 +31,6 @@ BACKGROUND = "white"                                           # behind transpar
 # what operating systems, browsers of files and git put into folders, in lower case
 SYSTEM_NAMES = {".ds_store", "__macosx", "thumbs.db", "desktop.ini", ".git", ".gitattributes", ".gitignore",
                 ".cache", ".ipynb_checkpoints"}
-
-
-# --------------------------------------------------------------------------------------------------- messages
-
-def printable(name):
-    """A file name for a message: on one line, without control characters and halves of surrogate pairs."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-
-
-def print_message(text):
-    """print, with \\x.. for the characters that stdout's encoding lacks."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def name_some(names, max_n=10):

@@ -30,13 +30,13 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
 
 
 def verdict(rows):
-    """One sentence on the last row before training and the best row after it."""
+    """One sentence on the best rows before and after training."""
     before = [(label, metrics) for label, metrics in rows if label.startswith("before")]
     after = [(label, metrics) for label, metrics in rows if label.startswith("after")]
     _, real = rows[-1]
     label, best = min(after, key=lambda row: row[1]["fd"])
     reference, base = min(before, key=lambda row: row[1]["fd"])
     word = "closer to" if best["fd"] < base["fd"] else "not closer to"
-    return (f"{label.removeprefix('after, ')} after training are {word} real images than "
-            f"{reference.removeprefix('before, ')} before: Frechet distance {best['fd']:.2f}, was "
+    return (f"Images sampled in {label.removeprefix('after, ')} after training are {word} real images than "
+            f"in {reference.removeprefix('before, ')} before: Frechet distance {best['fd']:.2f}, was "
             f"{base['fd']:.2f} (other real images: {real['fd']:.2f}).")
