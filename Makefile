@@ -14,8 +14,8 @@ ACTIVATE := export PATH="$(BIN):$$PATH"
 .PHONY: demo test test-notebooks
 
 demo: $(VENV)/.requirements
-	$(ACTIVATE) && python train.py --method adt --output-dir runs/demo --overwrite
-	@echo "Open runs/demo/before_after.png: samples from the same noise, before and after ADT."
+	$(ACTIVATE) && python train.py --method adt --overwrite
+	@echo "Open runs/adt-glyphs-seed0/before_after.png: samples from the same noise, before and after ADT."
 
 test: $(VENV)/.requirements-dev
 	$(ACTIVATE) && ruff check .

@@ -144,10 +144,16 @@ def base_samples():
                        for n in (4, 10, 50)], captions)
 
 
+def few_steps():
+    """Few sampler steps before and after each method, from the same noise, on both data sets."""
+    return side_by_side([(f"{LABELS[name]}\n{format_steps(n)}", name, n) for name, n in (
+        ("base", 1), ("add", 1), ("base", 4), ("adt", 4), ("base", 50))])
+
+
 def base_vs_adt():
     """Samples of the base model and of ADT from the same noise, on both data sets."""
     return side_by_side([(f"{LABELS[name]}\n{format_steps(n)}", name, n)
-                         for name, n in (("base", 10), ("base", 50), ("adt", 10))])
+                         for name, n in (("base", 4), ("adt", 4), ("base", 10), ("adt", 10))])
 
 
 def teacher_vs_student():
@@ -287,8 +293,8 @@ def logit_map():
 
 
 FIGURES = {function.__name__: function for function in (
-    base_samples, base_vs_adt, teacher_vs_student, rollout_x0, grad_norm_vs_steps, fd_vs_steps, fd_vs_minutes,
-    logit_map)}
+    few_steps, base_samples, base_vs_adt, teacher_vs_student, rollout_x0, grad_norm_vs_steps, fd_vs_steps,
+    fd_vs_minutes, logit_map)}
 
 
 def source_hash(plot_fn):
