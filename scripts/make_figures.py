@@ -355,7 +355,8 @@ def main(argv=None):
             if page.is_file():
                 page.write_text(fill_tables(page.read_text()))
         FIGURES_DIR.mkdir(parents=True, exist_ok=True)
-        for name, plot_fn in {} if args.tables_only else FIGURES.items():
+        figures = {} if args.tables_only else FIGURES
+        for name, plot_fn in figures.items():
             path = FIGURES_DIR / f"{name}.png"
             is_requested = name in args.figures or not args.figures and not is_up_to_date(plot_fn, path)
             if is_requested:
