@@ -22,7 +22,7 @@ test: $(VENV)/.requirements-dev
 	$(ACTIVATE) && python -m pytest
 
 test-notebooks: $(VENV)/.requirements-dev
-	$(ACTIVATE) && python -m pytest -m notebooks -n 0
+	$(ACTIVATE) && python -m pytest -m notebooks -n 2 --dist load
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"
