@@ -234,7 +234,7 @@ def run_training(args):
 def main(argv=None):
     parser, args = parse_args(argv)
     with failures.clear_exit(parser, "train.py"):
-        if args.overrides == ["help"]:
+        if "help" in args.overrides:
             print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny"))
             return
         distributed.init_distributed()

@@ -182,6 +182,11 @@ def test_a_lone_process_gives_up_in_time(monkeypatch):
         distributed.init_distributed()
 
 
+def restore_sigint():
+    """A shell's background jobs ignore Ctrl-C, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_waits_for_the_others_can_be_stopped(number, code):
     start = ("import train; from utils import distributed, failures; failures.interrupt_on_sigterm(); "
@@ -189,7 +194,8 @@ def test_a_process_that_waits_for_the_others_can_be_stopped(number, code):
              "distributed.wait_for_processes = lambda *args: (print('waiting', flush=True), wait(*args)); "
              "train.main(['--steps', '1'])")
     process = subprocess.Popen(
-        [sys.executable, "-c", start], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", start], cwd=ROOT, preexec_fn=restore_sigint, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
         env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     assert process.stdout.readline() == "waiting\n"
     time.sleep(.2)

@@ -176,6 +176,9 @@ def load_run_config(path):
 
 def check_run_dir(run_dir, run_config, overwrite):
     """ValueError unless a new run may use the folder."""
+    parent = next(path for path in run_dir.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"--output-dir {run_dir}: {parent} is not a folder")
     if not run_dir.exists():
         return
     if run_dir.is_dir() and all(path.suffix == ".part" for path in run_dir.iterdir()):
