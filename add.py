@@ -35,6 +35,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     student_steps: Annotated[int, "paper: n, number of student timesteps; the last is pure noise"] = 4
     r1_gamma: Annotated[float, "ours: weight of R1 on the heads' inputs (paper: 1e-5)"] = 2e-4
+    head_reduction: Annotated[Literal["mean", "sum"],
+                              "ours: of the adversarial losses over the heads (paper: sum)"] = "mean"
     relativistic: Annotated[bool, "ours: hinge of D(real) - D(fake); false: of each image (paper)"] = True
     # student
     t_max: Annotated[float, "ours: timestep, alpha and sigma at pure noise, fraction of T (paper: 1)"] = 0.9
@@ -81,6 +83,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def check_model(self, model, is_sharded):
         """ValueError if the model cannot be trained with these settings."""
+        if is_sharded:
+            settings.check_sharded(self)
         for _, num_steps, sampling in self.eval_sampling_configs():
             sampler.make_timesteps(model.T, num_steps, t_max=sampling.get("t_max", 1.))
         self.timesteps(model.T)
@@ -104,16 +108,25 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         return discriminator.ProjectedDiscriminator(backbone, cond_dim)
 
 
-# Presets of large models: the paper's values where it states them. It states no learning rates.
-LATENT_DEFAULTS = dict(t_max=1., pure_noise_prob=0., backward_simulation_prob=0., relativistic=False,
-                       r1_gamma=1e-5, r1_batch_fraction=1., augment_strength=1., batch_size=4,
-                       instance_noise=0., lr=1e-5, lr_d=1e-4, ema_decay=.999,
-                       negative_prompt="blurry, low quality, distorted")
-PRESETS = {"sd15": LATENT_DEFAULTS, "sdxl": dict(LATENT_DEFAULTS, batch_size=1),
-           "sd3": dict(LATENT_DEFAULTS, batch_size=1)}
-PRESET_SOURCES = dict.fromkeys(PRESETS, dict.fromkeys(
-    ("t_max", "pure_noise_prob", "backward_simulation_prob", "relativistic", "r1_gamma",
-     "r1_batch_fraction"), "paper"))
+# Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
+# The paper's values where it states them. It states no rates and no length. gradient_accumulation_steps is
+# for one process, and divided among several.
+LARGE = {
+    "t_max": (1., "paper"), "pure_noise_prob": (0., "paper"), "backward_simulation_prob": (0., "paper"),
+    "relativistic": (False, "paper"), "lambda_distill": (2.5, "paper"),
+    "head_reduction": ("sum", "paper"), "r1_gamma": (1e-5, "paper"),
+    "r1_batch_fraction": (1., "paper"), "disc_time_conditioning": (False, "paper"),
+    "whiten_features": (False, "secondary"), "augment_strength": (1., "secondary"),
+    "instance_noise": (0., "secondary"), "lr_schedule": ("constant", "secondary"),
+    "batch_size": (4, "ours"), "gradient_accumulation_steps": (32, "ours"), "lr_d": (1e-4, "ours"),
+    "ema_decay": (.999, "ours"), "negative_prompt": ("blurry, low quality, distorted", "ours")}
+LORA = {"lr": (5e-5, "ours")}
+FULL = {"lr": (5e-7, "secondary")}
+PRESETS = {"sd15": LARGE, "sd15 lora": {"lr": (1e-4, "ours")}, "sd15 full": {"lr": (1e-6, "secondary")},
+           "sdxl": LARGE, "sdxl lora": LORA, "sdxl full": FULL,
+           "sd3": LARGE, "sd3 lora": LORA, "sd3 full": FULL,
+           "sd35": LARGE, "sd35 lora": LORA, "sd35 full": FULL,
+           "sd35-large": LARGE, "sd35-large lora": LORA, "sd35-large full": FULL}
 
 
 def student_prediction(model, x0, cond, config):
@@ -217,7 +230,8 @@ def generator_loss(model, teacher, disc, batch, config):
     losses_dict = {}
     if config.lambda_adv:
         logits_fake = disc(None, augment_image(fake, config), disc_cond)
-        losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(logits_fake)  # ADD eq. 2
+        losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(
+            logits_fake, config.head_reduction)                        # ADD eq. 2
     if config.lambda_distill:
         target, weight = distillation_target(teacher, x0_hat.detach(), cond, config)
         pred = x0_hat
@@ -240,7 +254,8 @@ def discriminator_loss(disc, inputs, config):
         differences = [d_real - d_fake for d_real, d_fake in zip(logits_real, logits_fake)]
         logits_real = differences
         logits_fake = [-d for d in differences]
-    hinge = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)
+    hinge = (losses.hinge_real(logits_real, config.head_reduction)
+             + losses.hinge_fake(logits_fake, config.head_reduction))
     losses_dict = {"d": hinge}                                         # ADD eq. 3, the hinge losses
     if config.r1_gamma and config.r1_batch_fraction:
         num_r1 = math.ceil(config.r1_batch_fraction * len(inputs.real))

@@ -68,6 +68,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def check_model(self, model, is_sharded):
         """ValueError if the model cannot be trained with these settings."""
+        if is_sharded:
+            settings.check_sharded(self)
         self.timesteps(model.T)
 
     def extra_prompts(self):
@@ -82,27 +84,44 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         return discriminator.SiameseDiscriminator(backbone, self.discriminator)
 
 
-# Presets of large models. CoMat (partly the same authors) publishes numbers for SD 1.5 and SDXL. Real images
-# are VAE reconstructions, since D could otherwise recognise the decoder instead of the generator.
-COMAT_SETTINGS = dict(num_inference_steps=50, num_grad_steps=5, guidance_scale=7.5, max_grad_norm=.1,
-                      beta1=.9)
-LATENT_DEFAULTS = dict(COMAT_SETTINGS, rollout_start="image", discriminator="similarity", batch_size=4,
-                       real_images="vae_reconstruction", augment_strength=1., instance_noise=0.,
-                       checkpoint_rollout=True, warmup_steps_d=100, ema_decay=.999)
+# Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
+# CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px.
+# Real images are VAE reconstructions, since D could otherwise recognise the decoder instead of the generator.
+LARGE = {
+    "rollout_start": ("image", "paper"), "discriminator": ("similarity", "secondary"),
+    "num_inference_steps": (50, "secondary"), "num_grad_steps": (5, "secondary"),
+    "guidance_scale": (7.5, "secondary"), "max_grad_norm": (.1, "secondary"), "beta1": (.9, "secondary"),
+    "lr_schedule": ("constant", "secondary"), "batch_size": (4, "secondary"),
+    "real_images": ("vae_reconstruction", "secondary"), "whiten_features": (False, "secondary"),
+    "augment_strength": (1., "ours"), "instance_noise": (0., "ours"), "checkpoint_rollout": (True, "ours"),
+    "warmup_steps_d": (100, "ours"), "ema_decay": (.999, "ours")}
+SD3 = {**LARGE, "num_inference_steps": (28, "ours"), "timestep_sampling": ("logit_normal", "secondary"),
+       "batch_size": (1, "ours")}
+SD3_LORA = {"lr": (2e-5, "ours"), "lr_d": (5e-5, "ours")}
+FULL = {"lr": (2e-6, "ours"), "lr_d": (5e-5, "ours")}
 PRESETS = {
-    "sd15": dict(LATENT_DEFAULTS, lr=5e-5, lr_d=2e-5),
-    "sdxl": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1),
-    "sd3": dict(LATENT_DEFAULTS, lr=2e-5, lr_d=5e-5, batch_size=1, num_inference_steps=28,
-                timestep_sampling="logit_normal"),
-}
-PRESET_SOURCES_COMMON = {"rollout_start": "paper", "discriminator": "secondary",
-                         **dict.fromkeys([*COMAT_SETTINGS, "lr", "lr_d"], "secondary")}
-PRESET_SOURCES = {
-    "sd15": {**PRESET_SOURCES_COMMON, "batch_size": "secondary"},
-    "sdxl": PRESET_SOURCES_COMMON,
-    "sd3": {name: source for name, source in PRESET_SOURCES_COMMON.items()
-            if name not in ("num_inference_steps", "lr", "lr_d")},
-}
+    "sd15": LARGE,
+    "sd15 lora": {"lr": (5e-5, "secondary"), "lr_d": (2e-5, "secondary")},
+    "sd15 full": {"lr": (5e-6, "ours"), "lr_d": (2e-5, "ours")},
+    "sdxl": {**LARGE, "batch_size": (6, "secondary")},
+    "sdxl lora": {"lr": (2e-5, "secondary"), "lr_d": (5e-5, "secondary")},
+    "sdxl full": FULL,
+    "sd3": SD3, "sd3 lora": SD3_LORA, "sd3 full": FULL,
+    "sd35": SD3, "sd35 lora": SD3_LORA, "sd35 full": FULL,
+    "sd35-large": SD3, "sd35-large lora": SD3_LORA, "sd35-large full": FULL}
+
+# Fine-tuning with the diffusion loss alone, where momentum does no harm: the rates of diffusers' examples.
+FINE_TUNING = {"beta1": (.9, "ours"), "lr_schedule": ("constant", "secondary"), "ema_decay": (.999, "ours"),
+               "guidance_scale": (7.5, "secondary"), "num_inference_steps": (50, "secondary"),
+               "batch_size": (4, "ours")}
+DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours")}}
+for model_name in ("sd15", "sdxl", "sd3", "sd35", "sd35-large"):
+    DIFFUSION_PRESETS[model_name] = FINE_TUNING
+    if model_name.startswith("sd3"):
+        DIFFUSION_PRESETS[model_name] = {**FINE_TUNING, "timestep_sampling": ("logit_normal", "secondary"),
+                                         "num_inference_steps": (28, "ours")}
+    DIFFUSION_PRESETS[f"{model_name} lora"] = {"lr": (1e-4, "secondary")}
+    DIFFUSION_PRESETS[f"{model_name} full"] = {"lr": (1e-5, "secondary")}
 
 
 def rollout_from_batch(model, x0, cond, uncond, config, generator=None):

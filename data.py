@@ -36,6 +36,7 @@ from utils import image_folder
 from utils.checkpoint import atomic_write, cache_dir
 from utils.messages import BadInput, print_message, printable
 
+DEFAULT_HUB_DATASET = "lambdalabs/naruto-blip-captions"    # of large models
 DEFAULT_RESOLUTION = 32       # height and width in pixels of glyphs and Fashion-MNIST
 CACHE_BYTES = 2 ** 30         # a folder's images are kept in memory if they are smaller than this
 

@@ -42,7 +42,7 @@ def sample_batches(model, captions, num_steps, guidance_scale=1.0, seed=0, times
     uncond = model.encode_prompts([""])
     for i, x in enumerate(noise.split(model.sample_batch_size)):
         cond = model.encode_prompts(captions[i * model.sample_batch_size:][:len(x)])
-        with distributed.autocast_bf16():
+        with model.autocast():
             x0 = sampler.rollout(model, x.to(model.alpha.device), timesteps, cond, uncond, guidance_scale,
                                  stochasticity=stochasticity, generator=generator, callback=callback)
             image = model.decode(x0)

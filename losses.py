@@ -1,9 +1,8 @@
 """The formulas of both papers as pure functions of tensors.
 
 Both methods keep a regression loss and add an adversarial loss. D is high on real images and low on generated
-ones. The adversarial losses are means over heads and tokens where ADD's paper sums over heads, so lambda does
-not depend on their number; R1 is a sum over heads. Comments "ADT ..." and "ADD eq. ..." are the tags of
-docs/equations.md.
+ones. The adversarial losses are means over tokens, and over heads sums (ADD's paper) or means (by default);
+R1 is a sum over heads. Comments "ADT ..." and "ADD eq. ..." are the tags of docs/equations.md.
 
     ADT:  L_G = L_diffusion + lambda_adv (-D(fake))      ADD:  L_G = -D(fake) + lambda_distill L_distill
     both: L_D = relu(1 - D(real)) + relu(1 + D(fake))    (+ gamma R1 in ADD)
@@ -38,19 +37,26 @@ def diffusion_loss(model, x0, t, eps, cond):
 
 # ---------------------------------------------------------------------------------------- adversarial losses
 
-def hinge_real(logits):
+def reduce_heads(terms, reduction):
+    """One scalar per head -> their sum (ADD's paper) or their mean, whose size does not depend on the number
+    of heads."""
+    total = sum(terms)
+    return total if reduction == "sum" else total / len(terms)
+
+
+def hinge_real(logits, reduction="mean"):
     """relu(1 - D(real)); logits: one (B, N) tensor per head -> scalar"""
-    return sum(F.relu(1 - d).mean() for d in logits) / len(logits)     # ADT L_D, ADD eq. 3
+    return reduce_heads([F.relu(1 - d).mean() for d in logits], reduction)  # ADT L_D, ADD eq. 3
 
 
-def hinge_fake(logits):
+def hinge_fake(logits, reduction="mean"):
     """relu(1 + D(fake)); logits: one (B, N) tensor per head -> scalar. The caller detaches the image."""
-    return sum(F.relu(1 + d).mean() for d in logits) / len(logits)     # ADT L_D, ADD eq. 3
+    return reduce_heads([F.relu(1 + d).mean() for d in logits], reduction)  # ADT L_D, ADD eq. 3
 
 
-def hinge_generator(logits):
+def hinge_generator(logits, reduction="mean"):
     """-D(fake) -> scalar. Linear: relu(1 - D(fake)) would have no gradient where D(fake) > 1."""
-    return -sum(d.mean() for d in logits) / len(logits)                # ADT L_G, ADD eq. 2
+    return -reduce_heads([d.mean() for d in logits], reduction)        # ADT L_G, ADD eq. 2
 
 
 def r1_penalty(logits, features):

@@ -6,9 +6,7 @@ are in adt.py and add.py, the networks of a model in models/; the loop is the sa
 Read next: evaluate.py
 """
 
-import math
 import time
-from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -18,23 +16,17 @@ import adt
 import data
 import discriminator
 import evaluate
-from models import loading
-from utils import checkpoint, distributed, failures, report
+from models import hub, loading, preflight
+from utils import checkpoint, cli, distributed, failures, report
 from utils import config as settings
-from utils.distributed import all_reduce_sum_, autocast_bf16, clip_grad_norm
+from utils.config import Method
+from utils.distributed import all_reduce_sum_, clip_grad_norm
 from utils.training_state import DIAGNOSE_WINDOW, TrainingState, diagnose_discriminator, prepare_networks
 
-
-class Method(NamedTuple):
-    module: Any                        # Config, generator_loss, discriminator_loss
-    fixed: dict                        # settings that define the method
-    default_steps: int
-    preset: dict = {}                  # settings that differ from the Config's defaults
-
-
-METHODS = {"adt": Method(adt, {}, 300), "add": Method(add, {}, 600),
-           # fine-tuning without a discriminator, where momentum does no harm
-           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, {"beta1": .9})}
+METHODS = {"adt": Method(adt, {}, 300, 2000, 128, adt.PRESETS, {"sdxl": 512}),
+           "add": Method(add, {}, 600, 10000, 64, add.PRESETS, dict.fromkeys(loading.MODEL_FAMILIES, 512)),
+           # fine-tuning without a discriminator
+           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, 2000, 64, adt.DIFFUSION_PRESETS)}
 MODELS = ["tiny", *loading.MODEL_FAMILIES]
 SAVE_EVERY_S = 60                      # seconds between two checkpoints of the tiny model
 
@@ -53,7 +45,7 @@ class Trainer(TrainingState):
         self.opt_g.zero_grad()
         for micro_batch_id, batch in zip(self.micro_batch_ids, batches):
             torch.manual_seed(self.derive_seed(micro_batch_id, "generator"))
-            with autocast_bf16(), torch.set_grad_enabled(update_g):
+            with self.model.autocast(), torch.set_grad_enabled(update_g):
                 losses, d_inputs = self.method.generator_loss(self.model, self.teacher, self.disc, batch,
                                                               self.config)
             logs.append({f"loss_{name}": loss.item() for name, loss in losses.items()})
@@ -63,9 +55,11 @@ class Trainer(TrainingState):
         g_logs = self.reduce_mean(logs)
         if update_g:
             all_reduce_sum_([param.grad for param in self.g_params if param.grad is not None])
+            self.scaler_g.unscale_(self.opt_g)                         # fp16 only, as all of scaler_g
             g_logs["grad_norm"] = clip_grad_norm(self.g_params, self.config.max_grad_norm)
-            if self.check_finite(g_logs):
-                self.opt_g.step()
+            if self.check_finite(g_logs, self.scaler_g):
+                self.scaler_g.step(self.opt_g)
+            self.scaler_g.update()
             self.update_ema()
 
         # Discriminator half. The generated images are constants; with n_critic > 1 they are augmented anew.
@@ -77,18 +71,20 @@ class Trainer(TrainingState):
             logs = []
             for micro_batch_id, d_inputs in zip(self.micro_batch_ids, inputs):
                 torch.manual_seed(self.derive_seed(micro_batch_id, "discriminator", d_iter))
-                with autocast_bf16():
+                with self.model.autocast():
                     losses, logits_real, logits_fake = self.method.discriminator_loss(self.disc, d_inputs,
                                                                                       self.config)
-                (sum(losses.values()) / self.num_micro_batches).backward()
+                self.scaler_d.scale(sum(losses.values()) / self.num_micro_batches).backward()
                 logs.append({f"loss_{name}": loss.item() for name, loss in losses.items()})
                 logs[-1]["acc_d_real"] = mean_of_heads(logits_real, lambda logits: logits > 0)
                 logs[-1]["acc_d_fake"] = mean_of_heads(logits_fake, lambda logits: logits < 0)
             d_logs = self.reduce_mean(logs)
             all_reduce_sum_([param.grad for param in self.d_params if param.grad is not None])
+            self.scaler_d.unscale_(self.opt_d)
             d_logs["grad_norm_d"] = clip_grad_norm(self.d_params, self.config.max_grad_norm_d)
-            if self.check_finite(d_logs):
-                self.opt_d.step()
+            if self.check_finite(d_logs, self.scaler_d):
+                self.scaler_d.step(self.opt_d)
+            self.scaler_d.update()
 
         self.step += 1
         skipped = {"skipped_steps": self.num_skipped} if self.skip_nan else {}
@@ -100,36 +96,36 @@ def mean_of_heads(logits, condition):
     return sum(condition(d).float().mean().item() for d in logits) / len(logits)
 
 
-def train_loop(trainer, run_dir, sampling_configs, metadata, sample_grid, stop_requests, log):
-    """Train until the end or a stop request. Process 0 writes the log, sample grids from fixed noise and
+def train_loop(trainer, run_dir, run_config, metadata, captions, stop_requests, reporter):
+    """Train until the end or a stop request. Process 0 writes the log, grids of samples from fixed noise and
     checkpoints; the others sample and save along, since they may hold shards of the weights."""
-    sample_every, save_every_s = (500, 900) if trainer.model.is_large else (50, SAVE_EVERY_S)
     is_main = distributed.get_rank() == 0
-    start_time = last_save_time = time.time()
-    seconds_before = log.rows[-1]["seconds"] if log.rows else 0.
+    save_every_s = 900 if trainer.model.is_large else SAVE_EVERY_S
+    num_steps, sampling_settings = run_config["sampling_configs"][0]
+    to_save = run_dir, reporter.log, run_config["sampling_configs"], metadata
+    last_save_time = time.time()
     pbar = tqdm(range(trainer.step, trainer.total_steps), initial=trainer.step, total=trainer.total_steps,
                 desc=run_dir.name, mininterval=1, disable=not is_main)
     if trainer.step == trainer.total_steps:                            # complete, but its result may be lost
-        trainer.save(run_dir, log, sampling_configs, metadata)
+        trainer.save(*to_save)
     for step in pbar:
         logs = trainer.train_step()
         is_last_step = step + 1 == trainer.total_steps
-        row = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in logs.items()}
-        seconds = round(seconds_before + time.time() - start_time, 2)
-        log.append({"step": step, **row, "seconds": seconds}, max_rows=DIAGNOSE_WINDOW)
+        reporter.add_step(step, logs, max_rows=DIAGNOSE_WINDOW)
         pbar.set_postfix({k: f"{v:.3g}" for k, v in logs.items() if k.startswith("loss")}, refresh=False)
         if (step + 1) % DIAGNOSE_WINDOW == 0:
-            warning = diagnose_discriminator(log.rows)
+            warning = diagnose_discriminator(reporter.log.rows)
             if warning and is_main:
                 pbar.write(f"step {step + 1}: {warning}")
-        if (step + 1) % sample_every == 0 or is_last_step:
+        if (step + 1) % run_config["eval_every"] == 0 or is_last_step:
             with trainer.ema_weights() as model:
-                samples = sample_grid(model)
+                samples = evaluate.sample(model, captions, num_steps, seed=1, **sampling_settings)
             if is_main:
-                report.save_progress(run_dir, step + 1, samples, log)
+                reporter.add_samples(step + 1, samples, captions)
+            trainer.keep_result(run_dir, run_config["keep_checkpoints"], *to_save[2:])
         is_due = time.time() - last_save_time > save_every_s
         if distributed.any_rank(bool(stop_requests) or is_due or is_last_step):
-            trainer.save(run_dir, log, sampling_configs, metadata)
+            trainer.save(*to_save)
             last_save_time = time.time()
             if distributed.any_rank(bool(stop_requests)):
                 break
@@ -138,41 +134,46 @@ def train_loop(trainer, run_dir, sampling_configs, metadata, sample_grid, stop_r
 # ------------------------------------------------------------------------------------- around the training
 
 def parse_args(argv=None):
-    parser = settings.make_parser(__doc__.split("\n")[0], METHODS, MODELS)
+    parser = cli.make_parser(__doc__.split("\n")[0], METHODS, MODELS)
     return parser, parser.parse_args(argv)
 
 
-def build_config(method_name, overrides, model_name="tiny"):
-    """The method's Config: defaults, then the presets, then ["key=value", ...]."""
-    return settings.build_config(METHODS[method_name], overrides, model_name)
+def build_config(method_name, overrides, model_name="tiny", is_lora=False):
+    """The method's Config: defaults, then the preset, then ["key=value", ...]."""
+    return settings.build_config(METHODS[method_name], overrides, model_name, is_lora)
 
 
 def setup(args):
     """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written;
     ValueError or OSError with one sentence if the run is impossible."""
-    run_config, run_dir = settings.resolve_run_config(args, METHODS, MODELS)
-    method = METHODS[run_config["method"]]
+    run_config, run_dir = cli.resolve_run_config(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
+    method, model_name = METHODS[run_config["method"]], run_config["model"]
     saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
     overrides = settings.as_overrides(saved) + run_config["overrides"]
-    config = build_config(run_config["method"], overrides, run_config["model"])
+    config = settings.build_config(method, overrides, model_name, run_config["lora_rank"] > 0,
+                                   run_config["world_size"])
     run_config["sampling_configs"] = [row[1:] for row in config.eval_sampling_configs() if row[0] == "after"]
     if not args.resume:
         checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
+    preflight.check_run(run_config, config)                            # before anything is downloaded
     dataset_name = data.dataset_name(run_config["data"])
-    model = loading.load_model(run_config["model"], dataset_name, run_config["pretrained"],
-                               run_config["resolution"])
+    model = loading.load_model(model_name, dataset_name, run_config["pretrained"], run_config["resolution"],
+                               run_config["vae"], method.max_resolution.get(model_name))
+    if model.is_large:
+        run_config["resolution"] = model.resolution
     dataset = data.build_dataset(run_config["data"], model.resolution)
     config.check_model(model, run_config["fsdp"])
     with torch.no_grad():                                              # every caption must be encodable
-        model.precompute_prompt_embeds([*config.extra_prompts(), *dataset.all_captions])
+        model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],
+                                        *dataset.all_captions])
         text_dim = model.encode_prompts([""])["pooled"].shape[1]
     if dataset.has_fixed_captions:
         model.unload_text_encoders()
 
     torch.manual_seed(run_config["seed"])
     device = distributed.get_device()
-    network = loading.load_backbone(run_config["model"], dataset_name, config.backbone,
-                                    run_config["backbone"], run_config["pretrained"]).to(device)
+    network = loading.load_backbone(model_name, dataset_name, config.backbone, run_config["backbone"],
+                                    run_config["pretrained"]).to(device)
     if config.whiten_features and config.lambda_adv and not args.resume:  # a checkpoint holds the whitening
         batch = dataset.sample_batch(32 if model.is_large else 256, torch.Generator().manual_seed(0))
         images = batch.to(device, model.resolution).image
@@ -186,7 +187,7 @@ def setup(args):
     if args.resume:
         trainer.resume(run_dir, args.allow_data_change)
 
-    num_samples = settings.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
+    num_samples = cli.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
     evaluator = None
     if num_samples and not model.is_large:
         evaluator = evaluate.Evaluator(dataset, num_samples, weights_dir=run_config["pretrained"])
@@ -209,25 +210,28 @@ def final_evaluation(trainer, evaluator, run_dir, captions):
 def run_training(args):
     """Train, save and evaluate one run."""
     run_config, run_dir, trainer, evaluator = setup(args)
-    captions = trainer.dataset.sample_batch(4 if trainer.model.is_large else 16,
-                                            torch.Generator().manual_seed(7)).caption
-    sampling_configs = run_config["sampling_configs"]
-    num_steps, sampling_settings = sampling_configs[0]
+    is_main = distributed.get_rank() == 0
+    captions = run_config["prompts"] or trainer.dataset.sample_batch(
+        4 if trainer.model.is_large else 16, torch.Generator().manual_seed(7)).caption
     metadata = {"data": trainer.dataset.name, **{k: run_config[k] for k in ("method", "overrides", "seed")}}
-    sample_grid = lambda model: evaluate.sample(model, captions, num_steps, seed=1, **sampling_settings)
     with checkpoint.lock_run_dir(run_dir):
-        sources = settings.provenance(METHODS[run_config["method"]], trainer.config, run_config["model"])
+        sources = settings.provenance(METHODS[run_config["method"]], trainer.config, run_config["model"],
+                                      run_config["lora_rank"] > 0, run_config["world_size"])
         checkpoint.create_run_dir(run_dir, run_config, sources, bool(args.resume))
-        log = checkpoint.JsonlLog(run_dir / "log.jsonl", trainer.step)
-        with failures.explain_failures(trainer, run_dir, run_config["world_size"],
-                                       lambda: trainer.save(run_dir, log, sampling_configs, metadata)):
+        if is_main and trainer.model.is_large:
+            print(preflight.describe_run(run_config, run_dir, trainer))
+        reporter = report.Reporter(run_dir, trainer.step, run_config)
+        with failures.explain_failures(trainer, run_dir, run_config["world_size"], lambda: trainer.save(
+                run_dir, reporter.log, run_config["sampling_configs"], metadata)):
             with checkpoint.defer_signals() as stop_requests:
-                train_loop(trainer, run_dir, sampling_configs, metadata, sample_grid, stop_requests, log)
+                train_loop(trainer, run_dir, run_config, metadata, captions, stop_requests, reporter)
             if stop_requests:
                 raise KeyboardInterrupt(stop_requests[0][0])
             if args.eval_samples != 0:
                 final_evaluation(trainer, evaluator, run_dir, captions)
-        if distributed.get_rank() == 0:
+        reporter.close()
+        if is_main:
+            hub.push(run_config["push_to_hub"], run_dir)
             print(f"run folder: {run_dir}    measure it: python evaluate.py base {run_dir}")
 
 
@@ -235,7 +239,7 @@ def main(argv=None):
     parser, args = parse_args(argv)
     with failures.clear_exit(parser, "train.py"):
         if "help" in args.overrides:
-            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny"))
+            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full))
             return
         distributed.init_distributed()
         run_training(args)

@@ -15,6 +15,8 @@ import copy
 import torch
 import torch.nn as nn
 
+from utils.precision import autocast
+
 PREDICTION_TYPES = "eps", "x0", "v", "flow"
 
 
@@ -30,6 +32,7 @@ class Denoiser(nn.Module):
     metadata = {}                   # header of the file that the weights came from
     sample_batch_size = 100         # images sampled in one batch
     lora_rank = 0                   # rank of the LoRA adapters, 0 without
+    precision = None                # of calls under autocast(): bf16, fp16, fp32; None: the hardware's best
 
     def __init__(self, prediction_type, alpha, sigma, t_input):
         """prediction_type: eps, x0, v or flow. alpha, sigma, t_input: (T,) tables from the cleanest timestep
@@ -46,6 +49,10 @@ class Denoiser(nn.Module):
     @property
     def T(self):
         return len(self.alpha)
+
+    def autocast(self):
+        """Context manager for calls of the network and of what judges its images."""
+        return autocast(self.precision)
 
     def interp_table(self, table, t):
         """table (T,), t (B,) -> (B,). An integer t is an index. A fractional t interpolates linearly between

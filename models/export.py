@@ -13,7 +13,9 @@ import torch
 
 import sampler
 from models.pipelines import required_options
+from utils.checkpoint import atomic_write
 
+KOHYA_FILE = "lora_for_comfyui.safetensors"  # also for AUTOMATIC1111's and Forge's web UIs
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # our names and diffusers'
 
 
@@ -68,6 +70,16 @@ def with_noise_schedule(model, scheduler_cls, **settings):
     return scheduler_cls(trained_betas=betas.tolist(), **settings)
 
 
+def save_kohya_lora(peft_state, path):
+    """LoRA adapters of a U-Net in the format of ComfyUI and the web UIs. peft_state: peft's names -> tensors.
+    SD 3's need no other format: these programs read diffusers' file."""
+    from diffusers.utils import convert_state_dict_to_kohya
+    from safetensors.torch import save_file
+    state = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in peft_state.items()})
+    with atomic_write(path) as tmp_path:
+        save_file({name: value.contiguous() for name, value in state.items()}, tmp_path)
+
+
 def path_argument(model, scheduler, num_steps, settings):
     """The argument of a pipeline's call that makes `scheduler` visit the timesteps of the trained path."""
     timesteps = sampler.make_timesteps(model.T, num_steps, settings.get("timestep_shift", 1.),
@@ -90,10 +102,13 @@ def usage_code(model, run_dir, scheduler, sampling_configs):
         source = folder = model.pretrained_path
         if Path(source).exists():
             source = str(Path(source).resolve())
-    options = required_options(model.pipeline_cls, folder)
+    loader = "from_single_file" if Path(folder).is_file() else "from_pretrained"
+    options = {} if Path(folder).is_file() else required_options(model.pipeline_cls, folder)
     arguments = ", ".join([repr(source), *(f"{name}={value!r}" for name, value in options.items())])
     lines = ["import diffusers", "",
-             f"pipe = diffusers.{model.pipeline_cls.__name__}.from_pretrained({arguments})"]
+             f"pipe = diffusers.{model.pipeline_cls.__name__}.{loader}({arguments})"]
+    if model.lora_rank and model.vae_path:
+        lines += [f"pipe.vae = diffusers.AutoencoderKL.from_pretrained({model.vae_path!r})"]
     if model.lora_rank:
         lines += ['pipe.load_lora_weights(".")',
                   f'pipe.scheduler = diffusers.{type(scheduler).__name__}.from_pretrained("scheduler")']

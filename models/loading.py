@@ -7,7 +7,7 @@ Read next: train.py"""
 from pathlib import Path
 
 from models.backbones import EvalClassifier, TinyCNN, TinyViT, load_dino
-from models.stable_diffusion import MODEL_FAMILIES, load_denoiser
+from models.families import MODEL_FAMILIES, load_denoiser
 from models.tiny import TinyDenoiser
 from utils.checkpoint import load_state_dict_strict, load_weights
 
@@ -66,13 +66,14 @@ def default_resolution(model_name):
     return MODEL_FAMILIES[model_name][3]
 
 
-def load_model(model_name, dataset_name, pretrained=None, resolution=None):
+def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_path=None,
+               max_resolution=None):
     """-> a Denoiser whose `network` is trainable and everything else frozen, with its file's `metadata`.
 
     tiny: `pretrained` is a weights file, a run folder or a weights folder (default: weights/DATA).
     sd15, sdxl, sd3: a diffusers folder, a run folder or a hub id (default: the model's public one)."""
     if model_name in MODEL_FAMILIES:
-        return load_denoiser(model_name, pretrained, resolution)
+        return load_denoiser(model_name, pretrained, resolution, vae_path, max_resolution)
     expected = default_resolution(model_name)
     if (resolution or expected) != expected:
         raise ValueError(f"--resolution {resolution}: the tiny model's images have {expected} pixels a side")

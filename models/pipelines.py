@@ -38,15 +38,31 @@ def required_options(pipeline_cls, source):
 
 
 def load_pipeline(pipeline_cls, source, scheduler=None):
-    """A diffusers pipeline from safetensors, in fp32. scheduler: in place of the pipeline's own.
+    """A diffusers pipeline from a folder, a single .safetensors file or the hub, in fp32. scheduler: in place
+    of the pipeline's own.
 
     Stable Diffusion 1.5 is loaded without its safety checker."""
+    if Path(source).is_file():
+        pipe = pipeline_cls.from_single_file(str(source))
+        if scheduler is not None:
+            pipe.register_modules(scheduler=scheduler)
+        return pipe
     options = required_options(pipeline_cls, source)
     if pipeline_cls.__name__ == "StableDiffusionPipeline":
         options |= dict.fromkeys(UNUSED_COMPONENTS) | {"requires_safety_checker": False}
     if scheduler is not None:
         options["scheduler"] = scheduler
     return pipeline_cls.from_pretrained(source, use_safetensors=True, **options)
+
+
+def load_vae(source):
+    """Another VAE from a folder or hub id, in fp32. OSError with one sentence."""
+    from diffusers import AutoencoderKL
+    try:
+        return AutoencoderKL.from_pretrained(source, use_safetensors=True)
+    except Exception as error:
+        raise OSError(f"--vae {source}: wanted a folder or hub id of an AutoencoderKL, could not load it "
+                      f"({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})") from None
 
 
 def silence_libraries():

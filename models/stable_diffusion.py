@@ -3,10 +3,9 @@
 A diffusers pipeline is taken apart: its scheduler gives the tables alpha, sigma and t_input, its U-Net or
 transformer is the trained network, its VAE encodes and decodes, its encode_prompt encodes the captions. The
 result of a training run goes back into a pipeline folder, or is a LoRA file that any such pipeline loads.
-Read next: models/prompt_cache.py (captions are encoded once), models/export.py (scheduler and model card)"""
+Read next: models/families.py (loading), models/prompt_cache.py (captions), models/export.py (model card)"""
 
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -17,7 +16,7 @@ from models import export, pipelines
 from models.denoiser import Denoiser
 from models.prompt_cache import PromptCache, text_encoding_hash
 from utils import distributed
-from utils.checkpoint import atomic_write, atomic_write_text, load_run_config
+from utils.checkpoint import atomic_write, atomic_write_text
 from utils.messages import BadInput
 
 # the attention layers of U-Nets and of SD3's transformer
@@ -62,13 +61,13 @@ class LatentDenoiser(Denoiser):
     sample_batch_size = 4
     component_name = "unet"            # of the trained network in the pipeline
 
-    def __init__(self, pipe, resolution, pretrained_path):
-        """pipe: a diffusers pipeline. resolution: side of the images in pixels. pretrained_path: the folder
-        or hub id that it came from."""
+    def __init__(self, pipe, resolution, pretrained_path, vae_path=None):
+        """pipe: a diffusers pipeline. resolution: side of the images in pixels. pretrained_path: the folder,
+        file or hub id that it came from. vae_path: that of its VAE, if it is not the pipeline's own."""
         super().__init__(*schedule_from_diffusers(pipe.scheduler))
         self.network = getattr(pipe, self.component_name)
         self.vae = pipe.vae
-        self.pipeline_cls, self.pretrained_path = type(pipe), pretrained_path
+        self.pipeline_cls, self.pretrained_path, self.vae_path = type(pipe), pretrained_path, vae_path
         self.scheduler_config = dict(pipe.scheduler.config)
         self.lora_preloaded = False    # the adapters came with the weights, from an earlier run
         self.lora_disabled = False     # in a frozen copy: the network without its adapters
@@ -237,10 +236,14 @@ class LatentDenoiser(Denoiser):
             with atomic_write(run_dir / "pytorch_lora_weights.safetensors") as tmp_path:
                 lora_layers = {f"{self.component_name}_lora_layers": state}
                 self.pipeline_cls.save_lora_weights(tmp_path.parent, weight_name=tmp_path.name, **lora_layers)
+            if self.component_name == "unet":
+                export.save_kohya_lora(state, run_dir / export.KOHYA_FILE)
             with atomic_write(run_dir / "scheduler") as tmp_path:
                 scheduler.save_pretrained(tmp_path)
         else:
             pipe = pipelines.load_pipeline(self.pipeline_cls, self.pretrained_path, scheduler=scheduler)
+            if self.vae_path:
+                pipe.register_modules(vae=self.vae)
             getattr(pipe, self.component_name).load_state_dict(state)
             with atomic_write(run_dir / "pipeline") as tmp_path:
                 pipe.save_pretrained(tmp_path)
@@ -303,72 +306,3 @@ class SD3(LatentDenoiser):
 
     def call_network(self, x, t_input, cond):
         return self.network(x, cond["text"], cond["pooled"], t_input).sample
-
-
-# --------------------------------------------------------------------------------------------------- loading
-
-# the Denoiser, the pipeline's class in diffusers, the default hub id, that model's resolution
-MODEL_FAMILIES = {
-    "sd15": (SD15, "StableDiffusionPipeline", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512),
-    "sdxl": (SDXL, "StableDiffusionXLPipeline", "stabilityai/stable-diffusion-xl-base-1.0", 1024),
-    "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024)}
-
-
-def is_run_dir(source):
-    """Whether a folder is a run of train.py; a diffusers folder has a model_index.json."""
-    return (Path(source) / "config.json").is_file() and not (Path(source) / "model_index.json").is_file()
-
-
-def load_denoiser(model_name, pretrained=None, resolution=None):
-    """-> the Denoiser of a family. ValueError or OSError with one sentence if that is not possible.
-
-    model_name: a key of MODEL_FAMILIES. pretrained: a diffusers folder, a run folder or a hub id (default:
-    the family's). resolution: side of the images in pixels (default: that of the run or checkpoint)."""
-    denoiser_cls, class_name, default_hub_id, family_resolution = MODEL_FAMILIES[model_name]
-    source = str(pretrained or default_hub_id)
-    if is_run_dir(source):
-        return load_run(model_name, Path(source), resolution)
-    is_folder = (Path(source) / "model_index.json").is_file()
-    if Path(source).exists() and not is_folder:
-        raise ValueError(f"--pretrained {source}: wanted a diffusers folder, found no model_index.json in it")
-    found_cls = pipelines.read_model_index(source).get("_class_name")
-    if is_folder and found_cls != class_name:
-        raise ValueError(f"--pretrained {source} holds a {found_cls}: --model {model_name} wants a "
-                         f"{class_name}")
-    if not is_folder and (source.count("/") != 1 or source[0] in "./~"):
-        raise FileNotFoundError(f"--pretrained {source}: no such folder, and no hub id either (OWNER/NAME)")
-    pipelines.silence_libraries()
-    import diffusers
-    try:
-        pipe = pipelines.load_pipeline(getattr(diffusers, class_name), source)
-    except Exception as error:  # hub, disk, JSON and safetensors: each raises its own kind
-        reason = str(error).strip().split("\n")[0][:200]
-        if is_folder:
-            hint = "complete it, copy it again, or convert its .bin files to .safetensors"
-        else:
-            hint = (f"check the network, and whether https://huggingface.co/{source} wants its licence "
-                    "accepted and a login (`hf auth login`); or name a local folder with --pretrained")
-        raise OSError(f"cannot load {source} ({type(error).__name__}: {reason}); {hint}") from None
-    if resolution is None:
-        network_config = getattr(pipe, denoiser_cls.component_name).config
-        resolution = pipelines.checkpoint_resolution(network_config, pipe.vae.config) or family_resolution
-    return denoiser_cls(pipe, resolution, source)
-
-
-def load_run(model_name, run_dir, resolution):
-    """The result of a run of train.py: its pipeline, or its LoRA on the model that it started from."""
-    run_config = load_run_config(run_dir / "config.json")
-    if run_config["model"] != model_name:
-        raise ValueError(f"{run_dir} is a run of {run_config['model']}, not of --model {model_name}")
-    if resolution is None:
-        resolution = run_config["resolution"]
-    if (run_dir / "pipeline").is_dir():
-        return load_denoiser(model_name, run_dir / "pipeline", resolution)
-    lora_path = run_dir / "pytorch_lora_weights.safetensors"
-    is_circular = Path(run_config["pretrained"] or ".").resolve() == run_dir.resolve()
-    if not run_config["lora_rank"] or is_circular or not lora_path.is_file():
-        raise FileNotFoundError(f"{run_dir} has no result yet: train.py --resume finishes the run")
-    denoiser = load_denoiser(model_name, run_config["pretrained"], resolution)
-    denoiser.add_lora(run_config["lora_rank"])
-    denoiser.load_lora(lora_path)
-    return denoiser

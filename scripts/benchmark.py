@@ -36,11 +36,12 @@ from models.denoiser import Denoiser
 from models.loading import load_model
 from models.stable_diffusion import schedule_from_diffusers
 from scripts import make_figures
-from scripts.memory_of_large_models import AllocationTracker, large_model_estimates
+from scripts.memory_of_large_models import AllocationTracker
 from utils import checkpoint, training_state
-from utils.distributed import autocast_bf16, clip_grad_norm
+from utils.distributed import clip_grad_norm
 from utils.failures import clear_exit
 from utils.plotting import format_steps, markdown_table, save_images
+from utils.precision import autocast
 
 ROOT = Path(__file__).parent.parent
 ROUNDS = 7
@@ -149,7 +150,7 @@ class CallRecorder:
 def time_call(trainer, call, has_graph):
     """A function that makes the call, and its backward pass if it has a graph."""
     def job():
-        with autocast_bf16(), torch.set_grad_enabled(has_graph):
+        with autocast(), torch.set_grad_enabled(has_graph):
             outputs = [x for x in tree_leaves(call()) if torch.is_tensor(x) and x.requires_grad]
         if has_graph:
             trainer.opt_g.zero_grad()
@@ -238,7 +239,7 @@ def peak_memory():
                                      checkpoint_rollout=checkpoint_rollout)
         trainer.opt_g.zero_grad()
         with AllocationTracker([*model.parameters(), *disc.parameters()]) as tracker:
-            with autocast_bf16():
+            with autocast():
                 losses_dict = adt.generator_loss(model, None, disc, batch, config)[0]
             sum(losses_dict.values()).backward()
         return tracker.peak_bytes / 2 ** 20
@@ -403,8 +404,7 @@ def vs_diffusers():
 # ---------------------------------------------------------------------------------------- the command line
 
 TABLES = {"step": step_overhead, "memory": peak_memory, "data": data_throughput, "sampling": sampling_speed,
-          "start": startup_time, "quality": time_to_quality, "diffusers": vs_diffusers,
-          "large": large_model_estimates}
+          "start": startup_time, "quality": time_to_quality, "diffusers": vs_diffusers}
 
 
 def caption(table_fn):

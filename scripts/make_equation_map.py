@@ -25,7 +25,7 @@ MEANING = {
     "ADT L_G": "L_diff + λ · (−D(x0, x̂0))",
     "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0]))",
     "ADD eq. 1": "L = L_adv + λ L_distill",
-    "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]; here the mean over k",
+    "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]; tiny models: the mean over k (head_reduction)",
     "ADD eq. 3": "hinge loss of the discriminator (default: relativistic) + γ R1 on the inputs of the heads",
     "ADD eq. 4": "c(t) ‖x̂ − x̂_ψ(sg[x̂_t]; t)‖²: score distillation",
 }

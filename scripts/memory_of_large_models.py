@@ -2,9 +2,14 @@
 
 The networks are built in full size on PyTorch's meta device, where tensors have shapes but no values. A call
 and its backward pass are run there; what they allocate and how many operations they take is counted.
-`python -m scripts.benchmark large` prints the table. Read next: scripts/benchmark.py"""
 
+    python -m scripts.memory_of_large_models      writes models/estimates.json and prints the table
+
+Read next: models/preflight.py, which shows a run's estimate before it starts"""
+
+import argparse
 import itertools
+import json
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,10 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from models.backbones import load_dino
-from models.stable_diffusion import MODEL_FAMILIES, LatentDenoiser
+from models.families import MODEL_FAMILIES
+from models.preflight import ESTIMATES
+from models.stable_diffusion import LatentDenoiser
+from utils.checkpoint import atomic_write_text
+from utils.plotting import markdown_table
 
 GPU_TFLOPS = 400                       # an H100 in bf16, at a usual utilisation
-LORA_RANK = 64
+LORA_RANK = 64                         # that is measured; the number of adapter weights is proportional to it
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -97,14 +106,27 @@ def cuda_autocast():
         yield
 
 
-def denoising_network(model_name):
+def sd3_transformer(model_name):
+    """SD 3 medium, 3.5 medium or 3.5 large on the meta device."""
+    import diffusers
+    width = 38 if model_name == "sd35-large" else 24                   # heads of 64 channels, and blocks
+    variants = {"sd3": {"pos_embed_max_size": 192},
+                "sd35": {"pos_embed_max_size": 384, "qk_norm": "rms_norm",
+                         "dual_attention_layers": tuple(range(13))},
+                "sd35-large": {"pos_embed_max_size": 192, "qk_norm": "rms_norm"}}
+    return diffusers.SD3Transformer2DModel(
+        128, 2, 16, width, num_attention_heads=width, caption_projection_dim=64 * width,
+        pooled_projection_dim=2048, **variants[model_name])
+
+
+def denoising_network(model_name, latent_size):
     """The U-Net or transformer of a public model on the meta device, and a function that calls it for one
     image."""
     import diffusers
     t = torch.ones(1)
     if model_name == "sd15":
         network = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
-        x, text = torch.randn(1, 4, 64, 64), torch.randn(1, 77, 768)
+        x, text = torch.randn(1, 4, latent_size, latent_size), torch.randn(1, 77, 768)
         return network, lambda: network(x, t, text).sample
     if model_name == "sdxl":
         network = diffusers.UNet2DConditionModel(
@@ -114,21 +136,19 @@ def denoising_network(model_name):
             attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816)
-        x, text = torch.randn(1, 4, 128, 128), torch.randn(1, 77, 2048)
+        x, text = torch.randn(1, 4, latent_size, latent_size), torch.randn(1, 77, 2048)
         added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)}
         return network, lambda: network(x, t, text, added_cond_kwargs=added).sample
-    network = diffusers.SD3Transformer2DModel(
-        128, 2, 16, 24, num_attention_heads=24, caption_projection_dim=1536, pooled_projection_dim=2048,
-        pos_embed_max_size=192)
-    x, text, pooled = torch.randn(1, 16, 128, 128), torch.randn(1, 333, 4096), torch.randn(1, 2048)
+    network = sd3_transformer(model_name)
+    x, text = torch.randn(1, 16, latent_size, latent_size), torch.randn(1, 333, 4096)
+    pooled = torch.randn(1, 2048)
     return network, lambda: network(x, text, pooled, t).sample
 
 
-def full_size_models(model_name):
+def full_size_models(model_name, resolution):
     """-> network, VAE, backbone on the meta device, and {part: function that calls it for one image}."""
     import diffusers
-    resolution = MODEL_FAMILIES[model_name][3]
-    network, call_network = denoising_network(model_name)
+    network, call_network = denoising_network(model_name, resolution // 8)
     channels = network.config.in_channels
     vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512),
                                   down_block_types=("DownEncoderBlock2D",) * 4,
@@ -191,16 +211,16 @@ def step_cost(method, config, costs):
     return activations_gib, diffusion_tflop + path_tflop + image_tflop
 
 
-def measure_model(model_name, trained):
-    """trained: "LoRA" or "all" -> parameters of the network, of its adapters, of the frozen parts; and the
+def measure_model(model_name, tuning, resolution):
+    """tuning: "lora" or "full" -> parameters of the network, of its adapters, of the frozen parts; and the
     costs of all parts without and with gradient checkpointing."""
-    network, vae, backbone, calls = full_size_models(model_name)
+    network, vae, backbone, calls = full_size_models(model_name, resolution)
     frozen_params = [*vae.parameters(), *backbone.parameters()]
     model = SimpleNamespace(lora_rank=0, network=network, vae=vae, output_layer=None)
     num_params = sum(param.numel() for param in network.parameters())
     network.requires_grad_(False)
     LatentDenoiser.cast_frozen_to_bf16(model)                          # trained weights have a bf16 copy, too
-    if trained == "all":
+    if tuning == "full":
         network.requires_grad_(True)
     else:
         LatentDenoiser.add_lora(model, LORA_RANK)
@@ -221,29 +241,64 @@ def measure_model(model_name, trained):
     return num_params, num_adapter_params, sum(param.numel() for param in frozen_params), costs
 
 
-def large_model_estimates():
-    """Large models, computed: GiB, and seconds of a step at 400 TFLOP/s, for batches of 1 / 4.
-    The networks have their full size and no values; the seconds are a lower bound."""
-    rows = []
+def fixed_bytes(method_name, tuning, rank, num_params, num_adapter_params, num_frozen):
+    """Weights, gradients, optimiser, EMA. A trained weight: fp32 weight, gradient, two AdamW moments and EMA
+    (20 bytes), and a bf16 copy (2)."""
+    if tuning == "lora":
+        return 4 * num_frozen + 2 * num_params + 22 * num_adapter_params * rank / LORA_RANK
+    teacher = 4 * num_params if method_name == "add" else 0
+    return 4 * num_frozen + 22 * num_params + teacher
+
+
+def estimate_all():
+    """-> the content of models/estimates.json: what a training step takes, for every method, model, tuning,
+    without and with gradient checkpointing; batch size and resolution as in the preset."""
+    estimates = {}
     with torch.device("meta"), cuda_autocast():
-        for model_name, trained in itertools.product(MODEL_FAMILIES, (f"LoRA {LORA_RANK}", "all")):
-            num_params, num_adapter_params, num_frozen, costs = measure_model(model_name, trained)
-            for method in train.METHODS:
-                # trained: fp32 weight, gradient, two AdamW moments, EMA (20 bytes), and a bf16 copy (2)
-                resident_bytes = 4 * num_frozen
-                if trained == "all":
-                    resident_bytes += 22 * num_params
-                    if method == "add":
-                        resident_bytes += 4 * num_params               # the teacher
-                else:
-                    resident_bytes += 2 * num_params + 22 * num_adapter_params
-                config = train.build_config(method, [], model_name)
-                cells = [model_name, method, trained, f"{resident_bytes / 2 ** 30:.1f}"]
-                for costs_of_parts in costs:
-                    activations_gib, tflop = step_cost(method, config, costs_of_parts)
-                    gib = [resident_bytes / 2 ** 30 + activations_gib(n) for n in (1, 4)]
-                    seconds = [n * tflop / GPU_TFLOPS for n in (1, 4)]
-                    cells += [" / ".join(f"{x:.0f}" for x in gib), " / ".join(f"{x:.2g}" for x in seconds)]
-                rows.append(tuple(cells))
-    return ["model", "method", "trained", "weights and optimiser, GiB", "with activations, GiB", "s",
-            "`--gradient-checkpointing`, GiB", "s"], rows
+        for model_name, tuning in itertools.product(MODEL_FAMILIES, ("lora", "full")):
+            measured = {}
+            for method_name, method in train.METHODS.items():
+                own_resolution = MODEL_FAMILIES[model_name][3]
+                resolution = min(own_resolution, method.max_resolution.get(model_name, own_resolution))
+                if resolution not in measured:
+                    measured[resolution] = measure_model(model_name, tuning, resolution)
+                *sizes, costs = measured[resolution]
+                gib = fixed_bytes(method_name, tuning, method.lora_rank, *sizes) / 2 ** 30
+                config = train.build_config(method_name, [], model_name, tuning == "lora")
+                for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
+                    activations_gib, tflop = step_cost(method_name, config, costs_of_parts)
+                    per_image = (activations_gib(9) - activations_gib(1)) / 8
+                    estimates[f"{method_name} {model_name} {tuning}{suffix}"] = {
+                        "resolution": resolution, "batch_size": config.batch_size,
+                        "fixed_gib": round(gib + activations_gib(1) - per_image, 2),
+                        "activations_gib": round(per_image, 3), "tflop": round(tflop, 2)}
+    return estimates
+
+
+def estimates_table(estimates):
+    """Columns and rows for docs/stable_diffusion.md: GiB at the preset's batch size, and a lower bound of the
+    seconds of a micro-batch at GPU_TFLOPS."""
+    rows = []
+    for key in [key for key in estimates if not key.endswith("checkpointing")]:
+        method_name, model_name, tuning = key.split()
+        cells = []
+        for entry in (estimates[f"{key} checkpointing"], estimates[key]):
+            gib = entry["fixed_gib"] + entry["batch_size"] * entry["activations_gib"]
+            cells += [f"{gib:.0f}", f"{entry['batch_size'] * entry['tflop'] / GPU_TFLOPS:.2g}"]
+        entry = estimates[key]
+        rows.append((f"{method_name}, {model_name}, {'LoRA' if tuning == 'lora' else 'all weights'}",
+                     entry["resolution"], entry["batch_size"], *cells))
+    return ["run", "px", "batch", "GiB", "s", "`--no-gradient-checkpointing`, GiB", "s "], rows
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.parse_args(argv)
+    estimates = estimate_all()
+    lines = (f" {json.dumps(key)}: {json.dumps(entry)}" for key, entry in estimates.items())
+    atomic_write_text(ESTIMATES, "{\n" + ",\n".join(lines) + "\n}\n")
+    print(markdown_table(*estimates_table(estimates)))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,8 +27,8 @@ import losses
 from models.backbones import EvalClassifier, TinyCNN, TinyViT
 from models.tiny import TinyDenoiser, TinyTextEncoder
 from utils import checkpoint
-from utils.distributed import autocast_bf16
 from utils.failures import RunFailed, clear_exit
+from utils.precision import autocast
 
 SAVE_EVERY_S = 60
 
@@ -185,7 +185,7 @@ def train_network(name, dataset, recipe, output_dir, prediction_type, stop_reque
                 mininterval=5)
     for step in pbar:
         batch = dataset.sample_batch(recipe.batch_size)
-        with autocast_bf16():
+        with autocast():
             loss = loss_fn(network, batch)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * lr_factor(step, recipe)

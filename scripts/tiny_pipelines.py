@@ -1,7 +1,7 @@
-"""Tiny Stable Diffusion 1.5, XL and 3 and DINOv2: the real classes of diffusers and transformers with few and
-random weights, saved like the real ones. Tests and the benchmark train them; nothing is downloaded.
+"""Tiny Stable Diffusion 1.5, XL, 3 and 3.5 and DINOv2: the real classes of diffusers and transformers with
+few and random weights, saved like the real ones. Tests and the benchmark train them; nothing is downloaded.
 
-    python -m scripts.tiny_pipelines FOLDER      writes FOLDER/sd15, sdxl, sd3 and dino
+    python -m scripts.tiny_pipelines FOLDER      writes FOLDER/sd15, sdxl, sd3, sd35 and dino
     python train.py --model sd15 --pretrained FOLDER/sd15 --backbone FOLDER/dino --data IMAGES"""
 
 import argparse
@@ -49,9 +49,9 @@ def make_clip(tokenizer, dim=32, projection_dim=None):
     return cls(config).eval()
 
 
-def make_t5():
+def make_t5(dim=32):
     from transformers import T5Config, T5EncoderModel
-    config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    config = T5Config(vocab_size=99, d_model=dim, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
     return T5EncoderModel(config).eval()
 
 
@@ -94,8 +94,8 @@ def make_sdxl(tokenizer, prediction):
                        transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=6 * 8 + 32))
 
 
-def make_sd3(tokenizer, prediction):
-    """prediction is not used: SD3 always predicts a flow."""
+def make_sd3(tokenizer, prediction, **config):
+    """prediction is not used: SD 3 always predicts a flow. config: further arguments of its transformer."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     return StableDiffusion3Pipeline(
         vae=make_vae(16, shift_factor=.06), text_encoder=make_clip(tokenizer, projection_dim=32),
@@ -105,10 +105,15 @@ def make_sd3(tokenizer, prediction):
         transformer=SD3Transformer2DModel(
             sample_size=32, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
             num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32,
-            pooled_projection_dim=64, pos_embed_max_size=32).eval())
+            pooled_projection_dim=64, pos_embed_max_size=32, **config).eval())
 
 
-FAMILIES = {"sd15": make_sd15, "sdxl": make_sdxl, "sd3": make_sd3}
+def make_sd35(tokenizer, prediction):
+    """SD 3.5 medium: normalised queries and keys, and in its first blocks a second attention layer."""
+    return make_sd3(tokenizer, prediction, qk_norm="rms_norm", dual_attention_layers=(0,))
+
+
+FAMILIES = {"sd15": make_sd15, "sdxl": make_sdxl, "sd3": make_sd3, "sd35": make_sd35}
 
 
 def make_pipeline(family, folder, prediction="epsilon"):

@@ -213,7 +213,7 @@ sys.path.insert(0, {str(ROOT)!r})
 def no_entry(uid):
     raise KeyError(uid)
 pwd.getpwuid = no_entry
-from models.stable_diffusion import load_denoiser
+from models.families import load_denoiser
 model = load_denoiser("sd15", {str(pretrained / "sd15")!r}, {RESOLUTION})
 for name in ("", {str(tmp_path / "chosen")!r}):
     os.environ["XDG_CACHE_HOME"] = name

@@ -32,7 +32,7 @@ import discriminator
 import evaluate
 import losses
 import train
-from models import loading, pipelines, stable_diffusion
+from models import families, loading, pipelines, stable_diffusion
 from scripts import tiny_pipelines
 from utils import checkpoint
 
@@ -318,7 +318,7 @@ def test_the_command_a_user_types(pretrained, tmp_path, name, method, monkeypatc
     scope = {}
     exec(code, scope)
     assert scope["image"].size == (RESOLUTION, RESOLUTION)
-    network = getattr(scope["pipe"], stable_diffusion.MODEL_FAMILIES[name][0].component_name)
+    network = getattr(scope["pipe"], families.MODEL_FAMILIES[name][0].component_name)
     result = loading.load_model(name, "", run_dir)
     x, t = torch.randn(1, *result.latent_shape), torch.tensor([400])
     with torch.no_grad():
@@ -360,7 +360,7 @@ def test_the_default_resolution_of_a_run_is_the_runs(pretrained, tmp_path, name)
 @pytest.mark.parametrize("resolution", [30, 0, -64])
 def test_an_impossible_resolution_is_refused(pretrained, resolution):
     with pytest.raises(ValueError, match="wanted a multiple of 16"):
-        stable_diffusion.load_denoiser("sd15", pretrained / "sd15", resolution)
+        families.load_denoiser("sd15", pretrained / "sd15", resolution)
 
 
 # ----------------------------------------------------------------------------------------------- bad input

@@ -11,7 +11,7 @@ from PIL import Image
 import train
 from models import loading
 from scripts import tiny_pipelines
-from utils import distributed
+from utils import precision
 
 FAMILIES = "sd15", "sdxl", "sd3"
 RESOLUTION = tiny_pipelines.RESOLUTION
@@ -43,11 +43,8 @@ def pretrained(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path, monkeypatch):
     """An empty cache folder, and fp32 instead of autocast."""
-    def no_autocast():
-        return torch.autocast("cpu", enabled=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(distributed, "autocast_bf16", no_autocast)
-    monkeypatch.setattr(train, "autocast_bf16", no_autocast)
+    monkeypatch.setattr(precision, "default_precision", lambda: "fp32")
     return tmp_path / "cache"
 
 
@@ -68,7 +65,12 @@ def trainable(model):
 
 
 def train_args(pretrained, name, *args):
-    """Arguments of train.py for a run on the tiny pipeline."""
+    """Arguments of train.py for a run on the tiny pipeline: all weights, no gradient checkpointing unless
+    args say otherwise."""
+    if "--lora-rank" not in args:
+        args = ["--full", *args]
+    if "--gradient-checkpointing" not in args:
+        args = ["--no-gradient-checkpointing", *args]
     return ["--model", name, "--pretrained", str(pretrained / name), "--backbone", str(pretrained / "dino"),
             "--data", str(pretrained / "images"), "--resolution", str(RESOLUTION), "--eval-samples", "0",
             "--set", "batch_size=2", *args]

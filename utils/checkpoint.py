@@ -25,15 +25,21 @@ from utils import distributed
 
 # config.json: the fields that say what to run, and their types
 RUN_CONFIG_TYPES = {"method": str, "model": str, "data": str, "pretrained": str | None,
-                    "backbone": str | None, "resolution": int | None, "lora_rank": int,
-                    "gradient_checkpointing": bool, "fsdp": bool, "on_nan": str, "world_size": int,
-                    "seed": int, "steps": int, "overrides": list}
-RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "resolution": None, "lora_rank": 0,
-                       "gradient_checkpointing": False, "fsdp": False, "on_nan": "stop", "world_size": 1}
+                    "backbone": str | None, "vae": str | None, "resolution": int | None, "lora_rank": int,
+                    "gradient_checkpointing": bool, "precision": str | None, "compile": bool, "fsdp": bool,
+                    "on_nan": str, "world_size": int, "seed": int, "steps": int, "overrides": list,
+                    "prompts": list, "eval_every": int, "keep_checkpoints": int, "report_to": str | None,
+                    "push_to_hub": str | None}
+# of fields that older runs do not have
+RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "vae": None, "resolution": None, "lora_rank": 0,
+                       "gradient_checkpointing": False, "precision": None, "compile": False, "fsdp": False,
+                       "on_nan": "stop", "world_size": 1, "prompts": [], "eval_every": 50,
+                       "keep_checkpoints": 0, "report_to": None, "push_to_hub": None}
 # everything a run writes besides config.json
 RUN_FILES = ("checkpoint.pt", "log.jsonl", "result.json", "table.md", "curves.png", "before_after.png",
-             "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors", "pipeline",
-             "scheduler", "README.md", "*.part")
+             "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors",
+             "lora_for_comfyui.safetensors", "pipeline", "scheduler", "README.md", "step_*", "tensorboard",
+             "wandb", "*.part")
 # what reading a file may raise that torch.save did not write, or wrote for something else
 CORRUPT_FILE_ERRORS = (RuntimeError, LookupError, TypeError, AttributeError, ValueError, EOFError,
                        pickle.UnpicklingError)
@@ -326,9 +332,9 @@ def load_checkpoint(run_dir, restore):
         raise ValueError(f"{path} is damaged or belongs to another run ({reason})") from None
 
 
-def validate_checkpoint(state, run_id, g_params, d_params):
+def validate_checkpoint(state, run_id, g_params, d_params, has_8bit_moments=False):
     """RuntimeError unless the state belongs to this run: same id, same shapes, finite numbers. Fused AdamW
-    does not check the shapes of its moments itself."""
+    does not check the shapes of its moments itself; bitsandbytes does (has_8bit_moments: the generator's)."""
     if state["run_id"] != run_id:
         raise RuntimeError(f"it is of {' '.join(map(str, state['run_id']))}"[:70])
     if not all(type(state[name]) is int and state[name] >= 0 for name in ("step", "num_skipped",
@@ -337,7 +343,8 @@ def validate_checkpoint(state, run_id, g_params, d_params):
     shapes = [param.shape for param in g_params]
     if [w.shape for w in state["params"]] != shapes or [w.shape for w in state["ema"]] != shapes:
         raise RuntimeError("it holds another network's weights")
-    for name, params in (("opt_g", g_params), ("opt_d", d_params)):
+    optimizers = {"opt_d": d_params} if has_8bit_moments else {"opt_g": g_params, "opt_d": d_params}
+    for name, params in optimizers.items():
         for i, moments in state[name]["state"].items():
             if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
                 raise RuntimeError(f"{name} is not an AdamW state")
@@ -346,7 +353,7 @@ def validate_checkpoint(state, run_id, g_params, d_params):
                 if value.shape != shape or not value.is_floating_point():
                     raise RuntimeError(f"{name} belongs to other weights")
     tensors = [state["params"], state["ema"], state["disc"].values()]
-    tensors += [moments.values() for name in ("opt_g", "opt_d") for moments in state[name]["state"].values()]
+    tensors += [moments.values() for name in optimizers for moments in state[name]["state"].values()]
     if not all(value.isfinite().all() for values in tensors for value in values):
         raise RuntimeError("it holds NaN or infinite values")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from utils import config, distributed
+from utils import cli, distributed
 from utils.messages import BadInput, printable
 
 
@@ -73,7 +73,7 @@ def clear_exit(parser, program):
 def explain_failures(trainer, run_dir, world_size, save):
     """Inside the training loop: RunFailed says what happened, which checkpoint is good and how to resume.
     save(): tries to keep the steps since the last checkpoint."""
-    resume = config.resume_command(run_dir, world_size)
+    resume = cli.resume_command(run_dir, world_size)
     try:
         yield
     except ArithmeticError as error:

@@ -105,6 +105,7 @@ def show_progress(image_batches, total, label):
 FONT_SIZE = 8                                           # points
 LINE = 1.25 * FONT_SIZE / 72                            # inches of one line of text
 CELL = 1.04                                             # inches of one image and the gap beside it
+SMALL = 64                                              # pixels; up to here single pixels are shown
 MAX_COLUMNS = 10                                        # of a grid; longer rows are broken
 
 
@@ -140,7 +141,8 @@ def image_grid(rows, captions=None):
         for j, image in enumerate(islice(images, block * columns, (block + 1) * columns)):
             x = left + CELL * j
             pixels = ((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy()
-            axes.imshow(pixels, interpolation="nearest", extent=(x, x + 1, top + 1, top))
+            interpolation = "nearest" if len(pixels) <= SMALL else "antialiased"
+            axes.imshow(pixels, interpolation=interpolation, extent=(x, x + 1, top + 1, top))
     for k, title in enumerate(titles):
         block, j = divmod(k, columns)
         axes.text(left + CELL * j + .5, block * block_height + title_height - .04, "\n".join(title),
@@ -151,9 +153,11 @@ def image_grid(rows, captions=None):
 
 
 def save_image_grid(rows, path, captions=None, note=""):
-    """Write image_grid as a PNG; `note` becomes its description."""
+    """Write image_grid as a PNG; `note` becomes its description. Large images are shown with up to 512
+    pixels a side."""
+    dpi = max(160, min(rows[0][1].shape[-1], 512))
     with atomic_write(path) as tmp_path:
-        image_grid(rows, captions).savefig(tmp_path, format="png", dpi=160, metadata={"Description": note})
+        image_grid(rows, captions).savefig(tmp_path, format="png", dpi=dpi, metadata={"Description": note})
 
 
 # -------------------------------------------------------------------------------------------------- curves

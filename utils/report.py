@@ -1,17 +1,96 @@
-"""What a run shows: sample grids and curves while it trains, the table and its verdict at the end."""
+"""What a run shows: log, grids of samples and curves while it trains, table and verdict at the end."""
 
 import gc
 import json
+import math
+import time
 
-from utils import plotting
+from utils import checkpoint, distributed, plotting
 from utils.checkpoint import atomic_write_text, read_log
 
 
-def save_progress(run_dir, step, samples, log):
-    """samples_STEP.png, from fixed noise, and curves.png."""
-    plotting.save_image_grid([(f"step {step}", samples)], run_dir / f"samples_{step:06d}.png")
-    plotting.plot_training_curves(read_log(log.path, max_rows=500), run_dir / "curves.png")
-    gc.collect()                                            # matplotlib's figures hold reference cycles
+class Reporter:
+    """log.jsonl, samples_STEP.png and curves.png in the run folder, and a tracker if one is wanted. Process 0
+    has one; in the others its methods do nothing but keep the rows."""
+
+    def __init__(self, run_dir, first_step, run_config):
+        self.run_dir, self.tracker = run_dir, None
+        if run_config["report_to"] and distributed.get_rank() == 0:
+            self.tracker = TRACKERS[run_config["report_to"]](run_dir, run_config)
+        self.log = checkpoint.JsonlLog(run_dir / "log.jsonl", first_step)
+        seconds_before = self.log.rows[-1]["seconds"] if self.log.rows else 0.
+        self.start_time = time.time() - seconds_before
+
+    def add_step(self, step, logs, max_rows):
+        """logs: {name: value} of Trainer.train_step. max_rows: how many rows stay in memory."""
+        row = {name: float(f"{value:.5g}") if math.isfinite(value) else None for name, value in logs.items()}
+        self.log.append({"step": step, **row, "seconds": round(time.time() - self.start_time, 2)},
+                        max_rows=max_rows)
+        if self.tracker:
+            self.tracker.add_scalars(step, {name: value for name, value in row.items() if value is not None})
+
+    def add_samples(self, step, samples, captions):
+        """samples: (B, 3, H, W) from fixed noise."""
+        path = self.run_dir / f"samples_{step:06d}.png"
+        plotting.save_image_grid([(f"step {step}", samples)], path, captions)
+        plotting.plot_training_curves(read_log(self.log.path, max_rows=500), self.run_dir / "curves.png")
+        if self.tracker:
+            self.tracker.add_images(step, samples, captions)
+        gc.collect()                                        # matplotlib's figures hold reference cycles
+
+    def close(self):
+        if self.tracker:
+            self.tracker.close()
+
+
+class TensorBoard:
+    """Losses and samples for `tensorboard --logdir runs`, in the run folder."""
+
+    def __init__(self, run_dir, run_config):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def add_scalars(self, step, values):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def add_images(self, step, samples, captions):
+        self.writer.add_images("samples", samples * .5 + .5, step)
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """Losses and samples for Weights & Biases, as a run with the name of the run folder."""
+
+    def __init__(self, run_dir, run_config):
+        import wandb
+        self.wandb = wandb
+        self.run = wandb.init(project="adversarial-diffusion", name=run_dir.name, dir=str(run_dir),
+                              config=run_config)
+
+    def add_scalars(self, step, values):
+        self.run.log(values, step=step)
+
+    def add_images(self, step, samples, captions):
+        images = [self.wandb.Image(plotting.to_pil(sample), caption=caption)
+                  for sample, caption in zip(samples, captions)]
+        self.run.log({"samples": images}, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check_tracker(name):
+    """ValueError if the package of --report-to is not installed."""
+    import importlib.util
+    if name and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--report-to {name}: the package is not installed: pip install {name}")
 
 
 def save_report(run_dir, rows, image_rows, captions, num_images):

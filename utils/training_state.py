@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, precision
 
 GRAD_NORM_EVERY = 10                   # steps between two measurements of each loss term's gradient norm
 DIAGNOSE_WINDOW = 100                  # steps after which a useless discriminator is reported
@@ -41,9 +41,10 @@ class TrainingState:
         self.g_params = [param for param in model.network.parameters() if param.requires_grad]
         self.d_params = list(disc.parameters())
         self.ema_params = [param.detach().clone() for param in self.g_params]
-        adamw_args = dict(weight_decay=0., fused=True)
-        self.opt_g = torch.optim.AdamW(self.g_params, config.lr, (config.beta1, .999), **adamw_args)
-        self.opt_d = torch.optim.AdamW(self.d_params, config.lr_d, (config.beta1_d, .99), **adamw_args)
+        self.opt_g = make_optimizer(config.optimizer, self.g_params, config.lr, (config.beta1, .999))
+        self.opt_d = make_optimizer("adamw", self.d_params, config.lr_d, (config.beta1_d, .99))
+        self.scaler_g = precision.make_grad_scaler(model.precision)    # does nothing unless fp16
+        self.scaler_d = precision.make_grad_scaler(model.precision)
 
     # ---------------------------------------------------------------------------------- batches and seeds
 
@@ -74,33 +75,40 @@ class TrainingState:
     # ------------------------------------------------------------------------------------- gradients and EMA
 
     def set_learning_rate(self):
-        """Linear decay to 0 for the generator; the discriminator's rate is constant."""
+        """The generator's rate follows lr_schedule; the discriminator's is constant."""
+        lr = self.config.lr * lr_factor(self.config.lr_schedule, self.step, self.total_steps,
+                                        self.config.lr_warmup_steps)
         for group in self.opt_g.param_groups:
-            group["lr"] = self.config.lr * (1 - self.step / self.total_steps)
+            group["lr"] = lr
 
     def generator_backward(self, losses):
         """Backward pass of the sum of the losses. Every GRAD_NORM_EVERY steps one term at a time, to measure
         its gradient norm -> {"grad_norm/term": value}, otherwise {}."""
         num_g_updates = self.step - self.warmup_steps_d
         if not self.is_small or num_g_updates % GRAD_NORM_EVERY:
-            (sum(losses.values()) / self.num_micro_batches).backward()
+            self.scaler_g.scale(sum(losses.values()) / self.num_micro_batches).backward()
             return {}
-        scale = self.num_micro_batches
+        scale = self.num_micro_batches / self.scaler_g.get_scale()
         if distributed.is_sharded(self.g_params[0]):                   # summed over the processes already
-            scale = self.config.gradient_accumulation_steps
+            scale = self.config.gradient_accumulation_steps            # and not fp16
         grad_norms, last_name = {}, list(losses)[-1]
         for name, loss in losses.items():
             grads_before = [None if param.grad is None else param.grad.clone() for param in self.g_params]
-            (loss / self.num_micro_batches).backward(retain_graph=name != last_name)  # terms share a graph
+            scaled = self.scaler_g.scale(loss / self.num_micro_batches)
+            scaled.backward(retain_graph=name != last_name)            # terms share a graph
             grad_norms[f"grad_norm/{name}"] = scale * distributed.grad_norm_since(self.g_params, grads_before)
         return grad_norms
 
-    def check_finite(self, logs):
+    def check_finite(self, logs, scaler):
         """Whether an update may be made with these losses and norms. A NaN or infinity stops the run
-        (ArithmeticError) or, with skip_nan, skips the update."""
-        bad = [f"{name} is {value}" for name, value in logs.items() if not math.isfinite(value)]
+        (ArithmeticError) or, with skip_nan, skips the update. A gradient that overflows in fp16 is no error:
+        the update is skipped and the loss scale becomes smaller."""
+        bad = [name for name, value in logs.items() if not math.isfinite(value)]
+        only_gradients = all(name.startswith("grad_norm") for name in bad)
+        if scaler.is_enabled() and only_gradients and scaler.get_scale() > precision.MIN_LOSS_SCALE:
+            return not bad
         if bad and not self.skip_nan:
-            raise ArithmeticError(f"step {self.step}: {bad[0]}")
+            raise ArithmeticError(f"step {self.step}: {bad[0]} is {logs[bad[0]]}")
         if bad:
             self.num_skipped += 1
         return not bad
@@ -144,21 +152,28 @@ class TrainingState:
                  "num_skipped": self.num_skipped, "warmup_steps_d": self.warmup_steps_d,
                  "params": [param.detach() for param in self.g_params], "ema": self.ema_params,
                  "disc": self.disc.state_dict(), "opt_g": self.opt_g.state_dict(),
-                 "opt_d": self.opt_d.state_dict()}
+                 "opt_d": self.opt_d.state_dict(), "scaler_g": self.scaler_g.state_dict(),
+                 "scaler_d": self.scaler_d.state_dict()}
         return distributed.gather_full(state, cpu_rank0=True)
 
     def load_state_dict(self, state):
         """RuntimeError if the state is not of this run."""
-        checkpoint.validate_checkpoint(state, self.run_id, self.g_params, self.d_params)
+        is_8bit = self.config.optimizer == "adamw8bit"
+        checkpoint.validate_checkpoint(state, self.run_id, self.g_params, self.d_params, is_8bit)
         with torch.no_grad():
             for param, saved in zip(self.g_params + self.ema_params, state["params"] + state["ema"]):
                 param.copy_(distributed.distribute_like(saved, param))
         self.disc.load_state_dict(state["disc"])
+        if is_8bit:
+            self.opt_g.load_state_dict(state["opt_g"])
         for optimizer, name, params in ((self.opt_g, "opt_g", self.g_params),
-                                        (self.opt_d, "opt_d", self.d_params)):
+                                        (self.opt_d, "opt_d", self.d_params))[is_8bit:]:
             moments = {i: {key: distributed.distribute_like(value, params[i]) for key, value in saved.items()}
                        for i, saved in state[name]["state"].items()}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for name in ("scaler_g", "scaler_d"):
+            if state.get(name):                                        # empty unless fp16
+                getattr(self, name).load_state_dict(state[name])
         self.step = self.last_saved_step = state["step"]
         self.num_skipped, self.warmup_steps_d = state["num_skipped"], state["warmup_steps_d"]
 
@@ -166,7 +181,7 @@ class TrainingState:
         """Write checkpoint.pt and, if it is small or the run has ended, the result for other programs.
         ArithmeticError if a weight is not finite, OSError if the disk refuses; the old files then stay."""
         moments = [value for optimizer in (self.opt_g, self.opt_d) for row in optimizer.state.values()
-                   for value in row.values()]
+                   for value in row.values() if torch.is_tensor(value)]
         tensors = [*self.g_params, *self.ema_params, *self.d_params, *moments]
         is_finite = all(distributed.to_local(tensor).isfinite().all() for tensor in tensors)
         if distributed.any_rank(not is_finite):
@@ -178,6 +193,22 @@ class TrainingState:
                 with self.ema_weights() as model:
                     model.save_pretrained(run_dir, sampling_configs, steps=self.step, **metadata)
             checkpoint.save_on_all_ranks(f"the result of step {self.step}", export)
+
+    def keep_result(self, run_dir, num_kept, sampling_configs, metadata):
+        """Write the EMA weights of this step for other programs into step_STEPS; the last num_kept stay."""
+        if not num_kept:
+            return
+        folder = run_dir / f"step_{self.step:06d}"
+
+        def export():
+            folder.mkdir(exist_ok=True)
+            with self.ema_weights() as model:
+                model.save_pretrained(folder, sampling_configs, steps=self.step, **metadata)
+            if distributed.get_rank() == 0:
+                for old in sorted(run_dir.glob("step_*"))[:-num_kept]:
+                    checkpoint.remove_path(old)
+
+        checkpoint.save_on_all_ranks(str(folder), export)
 
     def resume(self, run_dir, allow_data_change=False):
         """Continue from the checkpoint in run_dir. ValueError if it is damaged, of another run, of other
@@ -196,13 +227,36 @@ class TrainingState:
             raise ValueError(f"{run_dir} is at step {self.step} already, past --steps {self.total_steps}")
 
 
+def lr_factor(schedule, step, total_steps, warmup_steps=0):
+    """Factor on the learning rate of a step: linear from 0 in the first warmup_steps, times the schedule."""
+    fraction = step / total_steps
+    factor = {"constant": 1., "linear": 1 - fraction, "cosine": .5 * (1 + math.cos(math.pi * fraction))}
+    return factor[schedule] * min(1., (step + 1) / (warmup_steps + 1))
+
+
+def make_optimizer(kind, params, lr, betas):
+    """AdamW without weight decay. adamw8bit stores its moments in 8 bits a number; ValueError without the
+    package."""
+    if kind == "adamw":
+        return torch.optim.AdamW(params, lr, betas, weight_decay=0., fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("optimizer=adamw8bit: the package is not installed: pip install bitsandbytes"
+                         ) from None
+    return AdamW8bit(params, lr, betas, weight_decay=0.)
+
+
 def prepare_networks(model, run_config, needs_teacher, random_init):
     """Add LoRA, copy the teacher, initialise, move to the device and shard -> teacher (a frozen Denoiser; on
     the CPU if only the final evaluation needs it). run_config["lora_rank"] becomes the model's."""
     device = distributed.get_device()
+    if model.lora_rank and not run_config["lora_rank"]:
+        raise ValueError("--full: the weights that --pretrained names are LoRA adapters: train these on "
+                         "without --full, or name a whole pipeline")
     if run_config["lora_rank"]:
         model.add_lora(run_config["lora_rank"])
-    run_config["lora_rank"] = model.lora_rank                          # the weights may have had adapters
+    model.precision = run_config["precision"]
     if model.lora_rank and device.type == "cuda" and not run_config["fsdp"]:
         model.cast_frozen_to_bf16()
     teacher = model.frozen_copy()
@@ -213,6 +267,8 @@ def prepare_networks(model, run_config, needs_teacher, random_init):
     model.to(device)
     if needs_teacher:
         teacher.to(device)
+    if run_config["compile"]:
+        model.network.compile()                                        # in place: names of weights stay
     if run_config["fsdp"]:
         distributed.apply_fsdp(model.network)
         if needs_teacher and teacher.network is not model.network:

@@ -1,0 +1,437 @@
+"""`python train.py --method adt --model sd15` and its options, on tiny pipelines."""
+# ruff: noqa: F811, F401
+
+import json
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+from tiny_families import (
+    RESOLUTION,
+    build_model,
+    cache_home,
+    make_images,
+    pretrained,
+    sample_pipeline,
+    train_args,
+)
+
+import add
+import adt
+import train
+from models import families, hub, loading, pipelines, preflight
+from scripts import tiny_pipelines
+from utils import cli, config, distributed
+
+SHORT = ["--set", "num_inference_steps=2", "--set", "num_grad_steps=1", "--set", "warmup_steps_d=0"]
+GIB = 2 ** 30
+
+
+def resolve(*args):
+    """run_config of a new run with these arguments."""
+    return cli.resolve_run_config(train.parse_args(list(args))[1], train.METHODS, train.MODELS,
+                                  ("glyphs", "OWNER/NAME"))[0]
+
+
+def default_run(pretrained, run_dir, *args):
+    """Train a tiny Stable Diffusion 1.5 for two steps with the defaults of large models."""
+    train.main(["--method", "adt", "--model", "sd15", "--pretrained", str(pretrained / "sd15"), "--backbone",
+                str(pretrained / "dino"), "--data", str(pretrained / "images"), "--steps", "2",
+                "--output-dir", str(run_dir), *SHORT, *args])
+    return run_dir
+
+
+# ---------------------------------------------------------------------------------- before anything is loaded
+
+@pytest.fixture
+def no_download(monkeypatch):
+    """Whatever would be downloaded is an error."""
+    def fail(*args, **kwargs):
+        raise AssertionError("a download")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", fail)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """-> a function that pretends there is a GPU with so many GiB."""
+    def pretend(gib):
+        card = SimpleNamespace(name="Test GPU", total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    return pretend
+
+
+@pytest.mark.parametrize("method", ["adt", "add"])
+def test_without_a_gpu_the_command_names_one_that_works_here(method, no_download, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--method", method, "--model", "sd15"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"wants a GPU with CUDA, found none. On this machine the tiny model can be trained: python " \
+           f"train.py --method {method}." in message
+    assert len(message.strip().split("\n")) == 1
+
+
+def test_an_apple_gpu_is_refused_by_name(no_download, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="found an Apple GPU, on which this code was never run"):
+        preflight.check_machine(resolve("--model", "sd15"), None)
+
+
+def check_memory(*args):
+    run_config = resolve(*args)
+    preflight.check_machine(run_config, train.build_config(
+        run_config["method"], run_config["overrides"], run_config["model"], run_config["lora_rank"] > 0))
+
+
+def test_too_little_memory_is_told_with_what_would_help(gpu):
+    gpu(2)
+    with pytest.raises(ValueError, match="wants about .* GiB of GPU memory .*, the Test GPU has 2: .*"
+                                         "batch_size=1 --set gradient_accumulation_steps=4; a smaller "
+                                         "--resolution; several GPUs"):
+        check_memory("--model", "sd15")
+    with pytest.raises(ValueError, match="leave out --no-gradient-checkpointing; train LoRA"):
+        check_memory("--model", "sd15", "--full", "--no-gradient-checkpointing")
+    gpu(80)
+    check_memory("--model", "sd15")
+
+
+def test_a_smaller_batch_or_resolution_needs_less(gpu):
+    run_config = resolve("--model", "sd15")
+    estimate = preflight.load_estimate(run_config)
+    sizes = [preflight.expected_gib(estimate, SimpleNamespace(batch_size=n), px)
+             for n, px in ((4, 512), (1, 512), (1, 256))]
+    assert sizes == sorted(sizes, reverse=True)
+    sharded = preflight.expected_gib(estimate, SimpleNamespace(batch_size=1), 512, 8, is_sharded=True)
+    assert sharded < sizes[1]
+
+
+def test_every_run_has_an_estimate_and_checkpointing_saves_memory():
+    estimates = json.loads(preflight.ESTIMATES.read_text())
+    for method in train.METHODS:
+        for model in families.MODEL_FAMILIES:
+            for tuning in ("lora", "full"):
+                plain = estimates[f"{method} {model} {tuning}"]
+                saving = estimates[f"{method} {model} {tuning} checkpointing"]
+                assert saving["activations_gib"] < plain["activations_gib"]
+                assert saving["tflop"] > plain["tflop"]
+                own = families.MODEL_FAMILIES[model][3]
+                assert plain["resolution"] == min(own, train.METHODS[method].max_resolution.get(model, own))
+
+
+def test_a_missing_tracker_or_login_is_told_at_the_start(monkeypatch, pretrained, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        preflight.check_run(resolve("--report-to", "wandb"), None)
+    monkeypatch.undo()
+
+    class NoLogin:
+        def whoami(self):
+            raise OSError("401 Client Error")
+    monkeypatch.setattr(huggingface_hub, "HfApi", NoLogin)
+    with pytest.raises(ValueError, match="not logged in to the hub .*401.*hf auth login"):
+        preflight.check_run(resolve("--push-to-hub", "me/model"), None)
+
+
+# ------------------------------------------------------------------------------------------- the defaults
+
+def test_defaults_of_large_models():
+    adt_run, add_run = resolve("--model", "sd15"), resolve("--method", "add", "--model", "sdxl")
+    assert adt_run["lora_rank"] == 128
+    assert add_run["lora_rank"] == 64
+    assert adt_run["gradient_checkpointing"]
+    assert adt_run["data"] == "OWNER/NAME"
+    assert (adt_run["steps"], add_run["steps"]) == (2000, 10000)
+    assert adt_run["eval_every"] == 100
+    full = resolve("--model", "sd15", "--full", "--no-gradient-checkpointing")
+    assert full["lora_rank"] == 0
+    assert not full["gradient_checkpointing"]
+    tiny = resolve()
+    assert (tiny["lora_rank"], tiny["gradient_checkpointing"], tiny["data"]) == (0, False, "glyphs")
+
+
+@pytest.mark.parametrize("model", families.MODEL_FAMILIES)
+@pytest.mark.parametrize("method", train.METHODS)
+def test_adapters_learn_faster_than_all_weights(method, model):
+    lora, full = (train.build_config(method, [], model, is_lora) for is_lora in (True, False))
+    assert lora.lr >= 4 * full.lr
+    assert lora.lr_schedule == full.lr_schedule == "constant"
+    assert not method.startswith("ad") or not lora.whiten_features
+
+
+def test_add_has_the_papers_settings_on_large_models():
+    notes = config.provenance(train.METHODS["add"], train.build_config("add", [], "sd15", True), "sd15", True)
+    published = {"lambda_distill": 2.5, "r1_gamma": 1e-5, "head_reduction": "sum", "t_max": 1.,
+                 "pure_noise_prob": 0., "backward_simulation_prob": 0., "relativistic": False,
+                 "student_steps": 4, "disc_conditioning": "text+image", "distill_weighting": "exponential",
+                 "disc_time_conditioning": False, "r1_batch_fraction": 1.}
+    for name, value in published.items():
+        assert notes[name][0] == value
+        assert notes[name][1].startswith("paper")
+
+
+def test_the_effective_batch_is_divided_among_processes():
+    sizes = {n: config.build_config(train.METHODS["add"], [], "sd15", True, n) for n in (1, 8, 100)}
+    assert [c.gradient_accumulation_steps for c in sizes.values()] == [32, 4, 1]
+    assert sizes[1].batch_size * 32 == 128
+    chosen = config.build_config(train.METHODS["add"], ["gradient_accumulation_steps=5"], "sd15", True, 8)
+    assert chosen.gradient_accumulation_steps == 5
+    for n, c in sizes.items():
+        notes = config.provenance(train.METHODS["add"], c, "sd15", True, n)
+        assert notes["gradient_accumulation_steps"][1].startswith("ours")
+    notes = config.provenance(train.METHODS["add"], chosen, "sd15", True, 8)
+    assert notes["gradient_accumulation_steps"][1].startswith("user")
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--full", "--model", "sd15", "--lora-rank", "4"], "leave out one of them"),
+    (["--full"], "--full is for Stable Diffusion"), (["--vae", "x"], "--vae is for Stable Diffusion"),
+    (["--eval-every", "0"], "--eval-every 0: wanted 1 or more"),
+    (["--keep-checkpoints", "-1"], "--keep-checkpoints -1: wanted 0 or more"),
+    (["--push-to-hub", "name"], "wanted OWNER/NAME"), (["--prompts", "nowhere.txt"], "wanted a text file"),
+    (["--validation-prompt", "x"] * 65, "wanted 64 at most")])
+def test_options_that_no_run_can_have(args, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(*args)
+
+
+def test_prompts_come_from_the_command_line_and_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  a dög \n", encoding="utf-8")
+    assert resolve("--validation-prompt", "x", "--prompts", str(path))["prompts"] == ["x", "a cat", "a dög"]
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="wanted a caption a line, found none"):
+        resolve("--prompts", str(path))
+
+
+def test_the_rank_of_a_runs_adapters_is_kept(tmp_path):
+    run = {"method": "adt", "model": "sd15", "data": "x", "seed": 0, "steps": 1, "overrides": [],
+           "lora_rank": 6}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    assert resolve("--model", "sd15", "--pretrained", str(tmp_path))["lora_rank"] == 6
+    (tmp_path / "config.json").write_text(json.dumps(run | {"lora_rank": 0}))
+    assert resolve("--model", "sd15", "--pretrained", str(tmp_path))["lora_rank"] == 128
+
+
+# ------------------------------------------------------------------------------------------- a whole run
+
+@pytest.fixture(scope="module")
+def finished(pretrained, tmp_path_factory):
+    """A run with the defaults of large models and most options -> run folder, what it printed."""
+    import io
+    from contextlib import redirect_stdout
+    run_dir, printed = tmp_path_factory.mktemp("run") / "run", io.StringIO()
+    with redirect_stdout(printed):
+        default_run(pretrained, run_dir, "--eval-every", "1", "--keep-checkpoints", "1", "--report-to",
+                    "tensorboard", "--validation-prompt", "a red fox", "--set", "batch_size=1",
+                    "--lora-rank", "4")
+    return run_dir, printed.getvalue()
+
+
+def test_a_run_says_what_it_will_do(finished, pretrained):
+    run_dir, printed = finished
+    block = printed.split("\n")[:5]
+    assert [line.split()[0] for line in block] == ["model", "data", "machine", "cost", "writes"]
+    assert f"{RESOLUTION} px, LoRA adapters of rank 4" in block[0]
+    assert "images: 3 images; 1 images a step (1 x 1 x 1 processes)" in block[1]
+    assert "CPU, fp32" in block[2]
+    assert "2 steps" in block[3]
+    assert f"{run_dir}: samples every 1 steps, a LoRA file" in block[4]
+
+
+def test_the_last_checkpoints_are_kept_and_load(finished, pretrained):
+    run_dir, _ = finished
+    assert [path.name for path in sorted(run_dir.glob("step_*"))] == ["step_000002"]
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15")
+    pipe.load_lora_weights(run_dir / "step_000002")
+    assert (run_dir / "step_000002" / "README.md").is_file()
+
+
+def test_losses_and_samples_are_in_tensorboard(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run_dir, _ = finished
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    logged = events.Scalars("loss_diffusion")
+    assert [event.step for event in logged] == [0, 1]
+    assert [event.value for event in logged] == pytest.approx([row["loss_diffusion"] for row in rows])
+    assert [event.step for event in events.Images("samples")] == [1, 2]
+
+
+def test_samples_show_the_validation_prompt(finished, monkeypatch, pretrained):
+    run_dir, _ = finished
+    assert json.loads((run_dir / "config.json").read_text())["prompts"] == ["a red fox"]
+    shown = []
+    monkeypatch.setattr(train.report.Reporter, "add_samples",
+                        lambda self, step, samples, captions: shown.append((len(samples), captions)))
+    monkeypatch.setattr(train, "final_evaluation", lambda *_: None)
+    train.main(["--resume", str(run_dir), "--steps", "3"])
+    assert shown == [(1, ["a red fox"])]
+
+
+def test_lora_files_in_both_formats_give_the_same_image(finished, pretrained):
+    run_dir, _ = finished
+    images = []
+    for name in ("pytorch_lora_weights.safetensors", "lora_for_comfyui.safetensors"):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15")
+        pipe.load_lora_weights(run_dir, weight_name=name)
+        noise = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+        images.append(sample_pipeline(pipe, ["a red fox"], noise, num_inference_steps=2))
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-5)
+    from safetensors.torch import load_file
+    state = load_file(run_dir / "lora_for_comfyui.safetensors")
+    assert all(name.startswith("lora_unet_") for name in state)
+    assert {name.rsplit(".", 1)[1] for name in state} == {"weight", "alpha"}
+    assert all(value == 4 for name, value in state.items() if name.endswith("alpha"))
+
+
+def test_wandb_gets_losses_and_samples(monkeypatch, tmp_path):
+    logged = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    double = SimpleNamespace(init=lambda **options: run, Image=lambda image, caption: (image.size, caption))
+    monkeypatch.setitem(sys.modules, "wandb", double)
+    tracker = train.report.WandB(tmp_path, {})
+    tracker.add_scalars(3, {"loss": 1.})
+    tracker.add_images(3, torch.zeros(1, 3, 8, 8), ["a cat"])
+    tracker.close()
+    assert logged == [(3, {"loss": 1.}), (3, {"samples": [((8, 8), "a cat")]})]
+
+
+def test_a_result_is_uploaded(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    class Api:
+        def create_repo(self, repository, exist_ok):
+            calls.append((repository, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            calls.append((repo_id, folder_path, allow_patterns))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    hub.push("me/model", tmp_path)
+    assert calls == [("me/model", True), ("me/model", str(tmp_path), hub.RESULT_FILES)]
+    assert "checkpoint.pt" not in hub.RESULT_FILES
+    assert "https://huggingface.co/me/model" in capsys.readouterr().out
+    monkeypatch.setattr(Api, "upload_folder", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(OSError, match=f"hf upload me/model {tmp_path}"):
+        hub.push("me/model", tmp_path)
+
+
+def test_a_compiled_network_trains_and_keeps_its_names(monkeypatch, pretrained, tmp_path):
+    """The compiler itself is torch's; here its slow back end is replaced."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def compile_eagerly(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    run_dir = default_run(pretrained, tmp_path / "run", "--compile", "--no-gradient-checkpointing",
+                          "--lora-rank", "4", "--eval-samples", "0")
+    assert compiled == ["UNet2DConditionModel"]
+    plain = default_run(pretrained, tmp_path / "plain", "--no-gradient-checkpointing", "--lora-rank", "4",
+                        "--eval-samples", "0")
+    rows = [[json.loads(line)["loss_diffusion"] for line in (folder / "log.jsonl").read_text().splitlines()]
+            for folder in (run_dir, plain)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+    diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15").load_lora_weights(run_dir)
+
+
+# ------------------------------------------------------------------------------------ which checkpoints
+
+def test_another_vae_is_used_saved_and_named_in_the_card(pretrained, tmp_path):
+    torch.manual_seed(7)
+    vae = tiny_pipelines.make_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    plain = loading.load_model("sd15", "", pretrained / "sd15", RESOLUTION)
+    model = loading.load_model("sd15", "", pretrained / "sd15", RESOLUTION, str(tmp_path / "vae"))
+    z = torch.randn(1, *model.latent_shape)
+    torch.testing.assert_close(model.decode(z), vae.decode(z / vae.config.scaling_factor).sample)
+    assert not torch.allclose(model.decode(z), plain.decode(z))
+    (tmp_path / "full").mkdir()
+    model.save_pretrained(tmp_path / "full", [(2, {})])
+    saved = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "full" / "pipeline")
+    assert torch.equal(saved.vae.decoder.conv_out.weight, vae.decoder.conv_out.weight)
+    model.add_lora(2)
+    (tmp_path / "lora").mkdir()
+    model.save_pretrained(tmp_path / "lora", [(2, {})])
+    assert f"AutoencoderKL.from_pretrained('{tmp_path / 'vae'}')" in (tmp_path / "lora/README.md").read_text()
+    with pytest.raises(OSError, match="--vae .*nowhere: wanted a folder or hub id of an AutoencoderKL"):
+        loading.load_model("sd15", "", pretrained / "sd15", RESOLUTION, str(tmp_path / "nowhere"))
+
+
+def test_a_single_file_is_a_checkpoint(pretrained, tmp_path, monkeypatch):
+    """diffusers reads such files itself; their configuration comes from the hub, so it is replaced here."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    opened = []
+
+    def from_single_file(source):
+        opened.append(source)
+        return diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15")
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_single_file", from_single_file)
+    model = loading.load_model("sd15", "", str(path), RESOLUTION)
+    model.save_pretrained(tmp_path, [(2, {})])
+    assert opened == [str(path)] * 2
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    model.add_lora(2)
+    model.save_pretrained(tmp_path, [(2, {})])
+    assert f"StableDiffusionPipeline.from_single_file('{path}')" in (tmp_path / "README.md").read_text()
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"wanted a \.safetensors file"):
+        loading.load_model("sd15", "", str(tmp_path / "model.ckpt"))
+
+
+def test_other_pipelines_on_the_hub_are_refused_before_they_are_downloaded(monkeypatch, tmp_path):
+    """model_index.json is read first: a refiner or an inpainting model is known from it."""
+    index = tmp_path / "model_index.json"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: index)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    for name, class_name in (("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+                             ("sd15", "StableDiffusionInpaintPipeline")):
+        index.write_text(json.dumps({"_class_name": class_name}))
+        with pytest.raises(ValueError, match=f"OWNER/NAME holds a {class_name}: --model {name} wants a"):
+            loading.load_model(name, "", "OWNER/NAME")
+
+
+def test_an_inpainting_network_is_refused(pretrained, tmp_path):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15")
+    pipe.register_modules(unet=diffusers.UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9))
+    pipe.save_pretrained(tmp_path / "inpainting")
+    with pytest.raises(ValueError, match="takes 9 channels, its VAE has 4: wanted a text-to-image model"):
+        loading.load_model("sd15", "", tmp_path / "inpainting")
+
+
+@pytest.mark.parametrize("scheduler,prediction", [
+    # of SD-Turbo and of SD 2.1
+    (diffusers.EulerDiscreteScheduler(**tiny_pipelines.BETAS, timestep_spacing="trailing"), "eps"),
+    (diffusers.DDIMScheduler(**tiny_pipelines.BETAS, prediction_type="v_prediction"), "v")])
+def test_sd_turbo_and_sd_2_train_under_the_name_of_their_class(scheduler, prediction, pretrained, tmp_path):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15", scheduler=scheduler)
+    pipe.save_pretrained(tmp_path / "other")
+    assert loading.load_model("sd15", "", tmp_path / "other").prediction_type == prediction
+    train.main(["--method", "add", "--model", "sd15", "--pretrained", str(tmp_path / "other"), "--backbone",
+                str(pretrained / "dino"), "--data", str(pretrained / "images"), "--steps", "1", "--set",
+                "batch_size=2", "--set", "gradient_accumulation_steps=1", "--lora-rank", "2",
+                "--eval-samples", "0", "--output-dir", str(tmp_path / "run")])
+    diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "other").load_lora_weights(tmp_path / "run")
+
+
+def test_sd_35_trains_and_its_lora_loads(pretrained, tmp_path):
+    source = tiny_pipelines.make_pipeline("sd35", tmp_path)
+    train.main(["--model", "sd35", "--pretrained", str(source), "--backbone", str(pretrained / "dino"),
+                "--data", str(pretrained / "images"), "--steps", "1", "--lora-rank", "2", "--eval-samples",
+                "0", "--output-dir", str(tmp_path / "run"), *SHORT])
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(source)
+    pipe.load_lora_weights(tmp_path / "run")
+    adapted = {name.split(".lora_")[0] for name, _ in pipe.transformer.named_parameters() if "lora_A" in name}
+    assert "transformer_blocks.0.attn2.to_q" in adapted                # the second attention of SD 3.5 medium
+
+
+def test_large_checkpoints_are_trained_at_512_pixels_where_the_method_says_so(pretrained):
+    assert loading.load_model("sd15", "", pretrained / "sd15", max_resolution=32).resolution == 32
+    assert loading.load_model("sd15", "", pretrained / "sd15", max_resolution=512).resolution == RESOLUTION
+    assert loading.load_model("sd15", "", pretrained / "sd15", 128, max_resolution=32).resolution == 128

@@ -1,0 +1,218 @@
+"""The command line of train.py -> run_config, everything that config.json keeps besides the settings.
+
+Read next: utils/checkpoint.py"""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+from utils import checkpoint, distributed, precision
+
+EVAL_SAMPLES = 2000                    # images per row of the final table
+TINY, LARGE = 0, 1                     # index of a default that depends on the size of the model
+EVAL_EVERY = (50, 100)                 # steps between two sample grids
+# what a resumed run may change; everything else stays as it was
+CHANGEABLE = ("steps", "on_nan", "eval_every", "report_to", "keep_checkpoints", "push_to_hub")
+
+
+def make_parser(description, methods, models):
+    """The command line of train.py. An option that is not given is None, so that a resumed run can tell.
+    methods: {name: config.Method}; models: names."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    lengths = ", ".join(f"{name} {method.default_steps} (Stable Diffusion {method.large_steps})"
+                        for name, method in methods.items())
+    parser.add_argument("--method", help=f"{', '.join(methods)} (default: the first)")
+    parser.add_argument("--model", help=f"{', '.join(models)} (default: tiny)")
+    parser.add_argument("--data", help="glyphs (default), fashion, a folder of captioned images, a "
+                        "data set's hub id (OWNER/NAME), or WebDataset shards (default of Stable Diffusion: "
+                        "a small set from the hub)")
+    parser.add_argument("--pretrained", metavar="PATH", help="initial weights: a file or a run folder; for "
+                        "Stable Diffusion a diffusers folder, a .safetensors file or a hub id (default: the "
+                        "shipped or public ones)")
+    parser.add_argument("--backbone", metavar="PATH", help="folder or hub id of the discriminator's frozen "
+                        "network (default: the shipped one; Stable Diffusion: facebook/dinov2-small)")
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+                        help="change a setting; --set help lists all of them")
+    add_large_model_arguments(parser.add_argument_group("Stable Diffusion"), methods)
+    group = parser.add_argument_group("the run")
+    group.add_argument("--steps", type=int, help="length of the whole run, also when resumed (default: "
+                       f"{lengths})")
+    group.add_argument("--output-dir", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
+    group.add_argument("--resume", metavar="DIR", help="continue the run in DIR with its own settings")
+    group.add_argument("--allow-data-change", action="store_true", default=None,
+                       help="with --resume: accept a data set that differs from the one at the start")
+    group.add_argument("--overwrite", action="store_true", default=None,
+                       help="replace a run that is already in the run folder")
+    group.add_argument("--on-nan", choices=["stop", "skip"], help="at a loss or gradient that is not "
+                       "finite: stop the run (default), or skip the update and count it")
+    group.add_argument("--eval-every", type=int, metavar="STEPS", help="steps between two grids of samples "
+                       f"(default: {EVAL_EVERY[TINY]}; Stable Diffusion {EVAL_EVERY[LARGE]})")
+    group.add_argument("--eval-samples", type=int,
+                       help=f"images per row of the final table; 0: no table (default: {EVAL_SAMPLES})")
+    group.add_argument("--validation-prompt", action="append", metavar="TEXT", dest="prompts",
+                       help="caption of the grids of samples, may be repeated (default: from the data)")
+    group.add_argument("--prompts", metavar="FILE", dest="prompts_file",
+                       help="such captions from a text file, one a line")
+    group.add_argument("--keep-checkpoints", type=int, metavar="N", help="at every grid of samples also keep "
+                       "the weights of that step, the last N of them, in step_STEPS folders (default: 0)")
+    group.add_argument("--report-to", choices=["tensorboard", "wandb"],
+                       help="send losses and samples there as well (an optional package)")
+    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result to this model "
+                       "repository at the end (after `hf auth login`)")
+    return parser
+
+
+def add_large_model_arguments(group, methods):
+    ranks = ", ".join(f"{name} {method.lora_rank}" for name, method in methods.items())
+    group.add_argument("--lora-rank", type=int, metavar="RANK",
+                       help=f"rank of the LoRA adapters that are trained (default: {ranks})")
+    group.add_argument("--full", action="store_true", default=None,
+                       help="train all weights of the network instead of LoRA adapters")
+    group.add_argument("--resolution", type=int, help="pixels, both sides (default: the checkpoint's own, "
+                       "512 at most for ADD and for ADT on SDXL)")
+    group.add_argument("--vae", metavar="PATH", help="another VAE: a diffusers folder or hub id")
+    group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+                       help="recompute every block in the backward pass to save memory (default: yes)")
+    group.add_argument("--precision", choices=precision.PRECISIONS,
+                       help="of the network calls (default: the best that the device computes itself)")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile the network: "
+                       "minutes at the start, faster steps afterwards; for the tiny model, too")
+    group.add_argument("--fsdp", action="store_true", default=None,
+                       help="with torchrun: shard the weights over all processes (FSDP2)")
+
+
+def num_eval_samples(wanted, test_size):
+    """How many images the final table measures: --eval-samples, or by default what a small data set has, and
+    0 if that is too little for a Frechet distance. test_size: images in the test split, None: endless."""
+    if wanted is not None:
+        return wanted
+    max_samples = test_size // 2 if test_size else EVAL_SAMPLES
+    num_samples = min(EVAL_SAMPLES, max_samples)
+    return num_samples if num_samples >= 200 else 0
+
+
+def resume_command(run_dir, world_size):
+    launcher = f"torchrun --nproc-per-node {world_size}" if world_size > 1 else "python"
+    return f"{launcher} train.py --resume {shlex.quote(str(run_dir))}"
+
+
+def default_run_dir(run_config):
+    """runs/METHOD-MODEL-DATA-SETTINGS-SEED with what a file name can hold."""
+    parts = [run_config["method"], *{run_config["model"]} - {"tiny"}, Path(run_config["data"]).resolve().name,
+             *run_config["overrides"], f"seed{run_config['seed']}"]
+    name = "-".join(re.sub(r"[^\w.=+-]+", "_", part)[:60] for part in parts)
+    return Path("runs") / name[:200]
+
+
+def resolve_run_config(args, methods, models, default_data):
+    """What to run and where -> run_config (the fields of checkpoint.RUN_CONFIG_TYPES), run_dir. A resumed run
+    keeps its own settings except CHANGEABLE. default_data: name of the data set of the tiny and of a large
+    model. ValueError or FileNotFoundError with one sentence."""
+    if args.resume:
+        run_config, run_dir = resumed_run_config(args)
+    else:
+        run_config = new_run_config(args, methods, models, default_data)
+        run_dir = Path(args.output_dir) if args.output_dir else default_run_dir(run_config)
+    if args.eval_samples is not None and not 0 <= args.eval_samples <= 10 ** 6:
+        raise ValueError(f"--eval-samples {args.eval_samples}: wanted 0 to a million")
+    for name in CHANGEABLE:
+        if getattr(args, name) is not None:
+            run_config[name] = getattr(args, name)
+    for name, minimum in (("steps", 1), ("eval_every", 1), ("keep_checkpoints", 0)):
+        if run_config[name] < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {run_config[name]}: wanted {minimum} or more")
+    repository = run_config["push_to_hub"]
+    if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"--push-to-hub {repository}: wanted OWNER/NAME of a model repository")
+    return run_config, run_dir
+
+
+def check_options(args, methods, models):
+    """ValueError for options of a new run that are wrong or exclude each other."""
+    if args.method not in (None, *methods):
+        raise ValueError(f"unknown method '{args.method}': wanted {', '.join(methods)}")
+    if args.model not in (None, *models):
+        raise ValueError(f"unknown model '{args.model}': wanted {', '.join(models)}")
+    for name in ("lora_rank", "gradient_checkpointing", "full", "vae"):
+        if args.model in (None, "tiny") and getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for Stable Diffusion: the tiny model is trained as a whole")
+    if args.full and args.lora_rank:
+        raise ValueError("--full trains all weights, --lora-rank adapters: leave out one of them")
+    if args.resolution is not None and args.resolution < 1:
+        raise ValueError(f"--resolution {args.resolution}: wanted a number of pixels")
+    if args.lora_rank is not None and args.lora_rank < 1:
+        raise ValueError(f"--lora-rank {args.lora_rank}: wanted 1 or more")
+    if not 0 <= (args.seed or 0) < 2 ** 63:
+        raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63 - 1")
+    precision.check_precision(args.precision, args.fsdp)
+
+
+def new_run_config(args, methods, models, default_data):
+    check_options(args, methods, models)
+    method_name, model_name = args.method or next(iter(methods)), args.model or "tiny"
+    method, is_large = methods[method_name], model_name != "tiny"
+    checkpointing = args.gradient_checkpointing
+    run_config = {
+        "method": method_name, "model": model_name, "data": args.data or default_data[is_large],
+        "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
+        "resolution": args.resolution,
+        "lora_rank": initial_lora_rank(args, method.lora_rank) if is_large and not args.full else 0,
+        "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
+        "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
+        "world_size": distributed.get_world_size(), "seed": args.seed or 0, "overrides": args.overrides,
+        "prompts": read_prompts(args), "on_nan": "stop", "eval_every": EVAL_EVERY[is_large],
+        "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,
+        "steps": method.large_steps if is_large else method.default_steps}
+    for key in ("data", "pretrained", "backbone", "vae"):              # a resume may come from another folder
+        if run_config[key] and Path(run_config[key]).exists():
+            run_config[key] = str(Path(run_config[key]).resolve())
+    return run_config
+
+
+def initial_lora_rank(args, default):
+    """--lora-rank, or that of the adapters in the run that --pretrained names, or the method's default."""
+    pretrained_config = Path(args.pretrained or "", "config.json")
+    if args.lora_rank or not args.pretrained or not pretrained_config.is_file():
+        return args.lora_rank or default
+    if (pretrained_config.parent / "model_index.json").is_file():      # not a run
+        return default
+    return checkpoint.load_run_config(pretrained_config)["lora_rank"] or default
+
+
+def read_prompts(args):
+    """Captions of --validation-prompt and --prompts -> list, [] without."""
+    prompts = list(args.prompts or [])
+    if args.prompts_file:
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {args.prompts_file}: wanted a text file in UTF-8 ({error})"
+                             ) from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if args.prompts_file and not prompts:
+        raise ValueError(f"--prompts {args.prompts_file}: wanted a caption a line, found none")
+    if len(prompts) > 64:
+        raise ValueError(f"{len(prompts)} validation prompts: wanted 64 at most")
+    return prompts
+
+
+def resumed_run_config(args):
+    run_dir = Path(args.resume)
+    if not (run_dir / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"--resume {run_dir}: wanted a run folder with checkpoint.pt, found none")
+    run_config = checkpoint.load_run_config(run_dir / "config.json")
+    for key in ["output_dir", "overwrite", "full", "prompts_file", *checkpoint.RUN_CONFIG_TYPES]:
+        if key in CHANGEABLE or key == "world_size":
+            continue
+        if getattr(args, key) not in (None, [], run_config.get(key)):
+            options = {"overrides": "set", "prompts": "validation-prompt", "prompts_file": "prompts"}
+            option = options.get(key, key).replace("_", "-")
+            raise ValueError(f"--resume keeps a run's own settings: leave out --{option}")
+    if run_config["world_size"] != distributed.get_world_size():
+        raise ValueError(f"{run_dir} is a run of {run_config['world_size']} process(es), not "
+                         f"{distributed.get_world_size()}: "
+                         f"{resume_command(run_dir, run_config['world_size'])}")
+    return run_config, run_dir
