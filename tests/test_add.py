@@ -330,6 +330,28 @@ def test_each_loss_alone_reaches_every_parameter_of_the_student(add_setup, term)
     assert not untrained_params(model.network)
 
 
+@pytest.mark.equation("ADD eq. 2")
+@pytest.mark.equation("ADD eq. 3")
+def test_with_sum_the_adversarial_losses_are_the_papers_sum_over_heads(add_setup):
+    """With the mean they are smaller by the number of heads; R1 and the distillation are the same."""
+    model, teacher, disc, batch = add_setup
+    disc.eval()                                # in train mode spectral norms change with every call
+    num_heads = len(disc.heads)
+    assert num_heads > 1
+    results = []
+    for reduction in ("mean", "sum"):
+        config = add.Config(head_reduction=reduction, instance_noise=0.)
+        torch.manual_seed(0)
+        g_losses, inputs = add.generator_loss(model, teacher, disc, batch, config)
+        d_losses, _, _ = add.discriminator_loss(disc, inputs, config)
+        results.append({name: loss.item() for name, loss in {**g_losses, **d_losses}.items()})
+    mean, total = results
+    assert total["adv"] == pytest.approx(num_heads * mean["adv"], rel=1e-4)
+    assert total["d"] == pytest.approx(num_heads * mean["d"], rel=1e-4)
+    assert total["distill"] == pytest.approx(mean["distill"], rel=1e-4)
+    assert total["r1"] == pytest.approx(mean["r1"], rel=1e-4)
+
+
 @pytest.mark.parametrize("settings,message", [({"student_steps": 0}, "1 or more"),
                                               ({"ema_decay": 1.}, "ema_decay is below 1"),
                                               ({"pure_noise_prob": 1.5}, "pure_noise_prob is a fraction"),

@@ -287,7 +287,7 @@ BAD_ARGUMENTS = [
     ("--data fashion --eval-samples 6000", "5000 at most"),
     ("--set checkpoint_rollout=maybe", "true or false"),
     ("--set batch_size=0", "batch_size"),
-    ("--steps 0", "at least one step"),
+    ("--steps 0", "wanted 1 or more"),
     ("--eval-samples 10", "needs 200"),
     ("--resolution -64", "number of pixels"),
     ("--lora-rank 8", "for Stable Diffusion"),
@@ -414,7 +414,7 @@ def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
 
 
 def test_run_folder_names_are_short_and_have_no_slashes():
-    from utils.config import default_run_dir
+    from utils.cli import default_run_dir
     run_config = {"method": "add", "model": "tiny", "data": "glyphs", "seed": 0,
                   "overrides": ["negative_prompt=a/b\\c " + "x" * 500]}
     name = str(default_run_dir(run_config).relative_to("runs"))

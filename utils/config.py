@@ -119,13 +119,18 @@ def preset_of(method, model_name="tiny", is_lora=False):
             **{name: (value, "ours") for name, value in method.fixed.items()}}
 
 
-def build_config(method, overrides, model_name="tiny", is_lora=False, world_size=1):
-    """The method's Config: defaults, preset, then ["key=value", ...]. ValueError with one sentence.
-    A preset's gradient_accumulation_steps are divided among world_size processes."""
-    config_cls = method.module.Config
+def preset_values(method, model_name, is_lora, world_size):
+    """{setting: value} of the preset. gradient_accumulation_steps are divided among the processes."""
     values = {name: value for name, (value, _) in preset_of(method, model_name, is_lora).items()}
     if "gradient_accumulation_steps" in values:
         values["gradient_accumulation_steps"] = max(1, values["gradient_accumulation_steps"] // world_size)
+    return values
+
+
+def build_config(method, overrides, model_name="tiny", is_lora=False, world_size=1):
+    """The method's Config: defaults, preset, then ["key=value", ...]. ValueError with one sentence."""
+    config_cls = method.module.Config
+    values = preset_values(method, model_name, is_lora, world_size)
     kinds = typing.get_type_hints(config_cls)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -152,12 +157,12 @@ def provenance(method, config, model_name="tiny", is_lora=False, world_size=1):
     source; a value that is neither the preset's nor the default is the `user`'s."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     preset = preset_of(method, model_name, is_lora)
-    expected = build_config(method, [], model_name, is_lora, world_size)
+    values = preset_values(method, model_name, is_lora, world_size)
     notes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         source, meaning = hints[field.name].__metadata__[0].split(":", 1)
-        if value != getattr(expected, field.name):
+        if value != values.get(field.name, field.default):
             source = "user"
         elif field.name in preset:
             source = preset[field.name][1]
