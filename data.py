@@ -19,12 +19,10 @@ import argparse
 import gzip
 import hashlib
 import http.client
+import re
 import textwrap
-import unicodedata
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -32,41 +30,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import image_folder
+from utils import distributed, hub_data, image_folder
+from utils.batch import Batch, check_split
+from utils.captioned_images import CaptionedImages, StreamedImages
 from utils.checkpoint import atomic_write, cache_dir
-from utils.messages import BadInput, print_message, printable
+from utils.glyph_fonts import LETTERS, PICTOGRAMS, glyph_mask, shape_name
+from utils.messages import print_message, printable
+from utils.shuffling import shuffled_forever
 
-DEFAULT_HUB_DATASET = "lambdalabs/naruto-blip-captions"    # of large models
+DEFAULT_HUB_DATASET = hub_data.DEFAULT_DATASET["id"]    # of large models
 DEFAULT_RESOLUTION = 32       # height and width in pixels of glyphs and Fashion-MNIST
-CACHE_BYTES = 2 ** 30         # a folder's images are kept in memory if they are smaller than this
-
-
-@dataclass
-class Batch:
-    """Images and all that is known about them."""
-    image: torch.Tensor                         # (B, 3, H, W) in [-1, 1]
-    caption: list                               # B strings
-    attributes: torch.Tensor                    # (B, A) class of each attribute, -1 where an image has none
-    mentioned: torch.Tensor                     # (B, A) bool: the caption states the attribute
-    # (B, 4): height and width of the original image in pixels, then rows and columns of the resized image
-    # that were cut off above and on the left
-    micro_cond: torch.Tensor | None = None
-    # for draws that all micro-batches of a step share; None: torch's global generator
-    generator: torch.Generator | None = None
-
-    def __getitem__(self, rows):
-        """rows: a slice."""
-        micro_cond = None if self.micro_cond is None else self.micro_cond[rows]
-        return Batch(self.image[rows], self.caption[rows], self.attributes[rows], self.mentioned[rows],
-                     micro_cond, self.generator)
-
-    def to(self, device, resolution=None):
-        """The images on a device, resized to the model's resolution (bicubic) if they have another."""
-        image = self.image.to(device)
-        if resolution and resolution != image.shape[-1]:
-            image = F.interpolate(image, (resolution, resolution), mode="bicubic", antialias=True)
-            image = image.clamp(-1, 1)
-        return Batch(image, self.caption, self.attributes, self.mentioned, self.micro_cond, self.generator)
 
 
 # ----------------------------------------------------------------------------------------------------- glyphs
@@ -79,55 +52,18 @@ FONT_FAMILIES = {  # family -> the fonts of its four styles: regular, bold, ital
     "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic"),
     "roman": ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
     "typewriter": ("cmtt10",)}    # matplotlib has only the regular style of Computer Modern typewriter
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-PICTOGRAMS = (
-    "☀☁☂☃☄★☆☇☈☎☐☑☒☔☕☘☚☜☝☞☟☠☢☣☤☥☦☧☨☩☪☮☯☸☹☺☻☽☾♀♂♃♄♅♆♇♈♉♊♋♌♍♎♏♐♑♒♓♔♕♖♗♘♙♚♛♜♝♞♟♠♡♢♣♤♥♦♧♨♩♪♫♬♭♮♯"
-    "♲♿⚀⚁⚂⚃⚄⚅⚐⚑⚒⚓⚔⚖⚗⚘⚙⚛⚜⚠⚡⚱⛀⛁⛂⛃✂✆✇✈✉✌✍✏✒✓✗✙✚✠✡✦✧✪✯✱✶✹✿❀❄❅❇❖❢❣❦❧←↑→↓↔↕↖↗↘↙↰↱↲↳↺↻⇄⇅⇐⇑⇒⇓⇦⇧⇨⇩"
-    "■□▣▦▲△▶▷▼▽◀◁◈◉○●◐◑◒◓◢◣◤◥◫◬⌂⌘⌨⏏⬟⬡⬢😀😇😈😉😎😐😗😠😢😮😴😷😸🙀")
-# Unicode calls outlined symbols white and filled ones black; in captions these words would mean colours
-PLAIN_WORDS = {"black": "solid", "white": "hollow", "heavy": "thick"}
-STOPWORDS = {"sign", "symbol", "suit", "universal", "fill"}
-
-
-def shape_name(character):
-    """The name in a caption: 'letter g', 'capital letter g', 'digit seven', 'hollow chess knight'."""
-    words = unicodedata.name(character).lower().replace("-", " ").split()
-    if character.isascii():
-        return {"small": "letter ", "capital": "capital letter "}.get(words[1], "digit ") + words[-1]
-    return " ".join(PLAIN_WORDS.get(word, word) for word in words if word not in STOPWORDS)
-
-
-def glyph_mask(font, character, px=64):
-    """The coverage of a glyph, (px, px) in [0, 1]. Letters keep their font size, so 'c' differs from 'C';
-    pictograms fill the image. For anti-aliasing the glyph is rendered four times too large and averaged."""
-    from matplotlib import get_data_path
-    from matplotlib.ft2font import FT2Font, LoadFlags
-    font_face = FT2Font(f"{get_data_path()}/fonts/ttf/{font}.ttf")
-    font_face.set_size(4 * px * (.80 if character.isascii() else 1.1), 72)
-    font_face.set_text(character, 0, flags=LoadFlags.NO_HINTING)
-    font_face.draw_glyphs_to_bitmap(antialiased=True)
-    coverage = np.asarray(font_face.get_image(), dtype=np.float32) / 255
-    rows = np.flatnonzero(coverage.any(1))
-    columns = np.flatnonzero(coverage.any(0))
-    coverage = torch.from_numpy(coverage[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1])[None, None]
-    fill_scale = 3.1 * px / max(coverage.shape[-2:])
-    scale = min(1., fill_scale) if character.isascii() else fill_scale
-    coverage = F.interpolate(coverage, scale_factor=scale, mode="bilinear", antialias=True)
-    height, width = coverage.shape[-2:]
-    top = (4 * px - height) // 2
-    left = (4 * px - width) // 2
-    canvas = F.pad(coverage, (left, 4 * px - left - width, top, 4 * px - top - height))
-    return F.avg_pool2d(canvas, 4)[0, 0].clamp(0, 1)    # (px, px)
 
 
 class Glyphs:
-    """Captioned images without end, whose attributes are known exactly."""
+    """Captioned images without end, whose attributes are known exactly. The fonts are outlines: at another
+    resolution the same images are drawn, with the captions and the random numbers of those of 32 pixels."""
     name = "glyphs"
     fingerprint = "glyphs"
     split_sizes = {"train": None, "test": None, "held_out": None}    # None: no last image
     has_fixed_captions = False    # all_captions is not a list of every caption, but contains every word
 
-    def __init__(self):
+    def __init__(self, resolution=DEFAULT_RESOLUTION):
+        self.resolution = resolution
         characters = LETTERS + PICTOGRAMS
         self.shapes = [shape_name(c) for c in characters]
         self.attributes = {"shape": self.shapes, "foreground": list(COLOURS), "background": list(COLOURS),
@@ -135,12 +71,14 @@ class Glyphs:
                            "slant": ["upright", "italic"]}
         font_cuts = [(family, i % 2, i // 2, font) for family, fonts in enumerate(FONT_FAMILIES.values())
                      for i, font in enumerate(fonts)]    # (family, is bold, is italic, font)
-        masks, variants = [], []
+        variants, self.outlines = [], []    # outlines: (font, character) of each variant
         for shape, c in enumerate(characters):
             for *cut, font in font_cuts if c.isascii() else [(-1, -1, -1, "DejaVuSans")]:
                 variants.append((shape, *cut))
-                masks.append(glyph_mask(font, c))
-        self.masks = (torch.stack(masks) * 255).round().byte()    # (V, 64, 64)
+                self.outlines.append((font, c))
+        self.masks = None    # of larger images they would fill the memory: drawn for each image
+        if resolution == DEFAULT_RESOLUTION:
+            self.masks = self.draw_masks(range(len(variants)))    # (V, 64, 64)
         self.variants = torch.tensor(variants)    # (V, 4): shape, family, bold, italic; -1: none
         self.palette = torch.tensor(list(COLOURS.values()))       # (8, 3)
         # a letter is 2.4 times as likely as a pictogram, whatever the number of its fonts
@@ -171,8 +109,21 @@ class Glyphs:
         captions = [self.make_caption(*row) for row in zip(attributes.tolist(), mentioned.tolist())]
         return Batch(image, captions, attributes, mentioned)
 
+    def draw_masks(self, variants):
+        """Indices of n variants -> their coverage (n, 2R, 2R) uint8."""
+        px = 2 * self.resolution
+        oversampling = max(1, 256 // px)
+        masks = [glyph_mask(*self.outlines[i], px, oversampling) for i in variants]
+        return (torch.stack(masks) * 255).round().byte()
+
+    def transformed_coverage(self, masks, affine):
+        """Masks (n, 2R, 2R) uint8 moved by affine (n, 2, 3), averaged over 2x2 pixels -> (n, 1, R, R)."""
+        px = masks.shape[-1]
+        grid = F.affine_grid(affine, (len(masks), 1, px, px), align_corners=False)
+        return F.avg_pool2d(F.grid_sample(masks[:, None] / 255., grid, align_corners=False), 2)
+
     def render(self, variant, foreground, background, generator=None):
-        """Three index tensors (n,) -> images (n, 3, 32, 32) in [-1, 1]: masks moved, rotated and scaled at
+        """Three index tensors (n,) -> images (n, 3, R, R) in [-1, 1]: masks moved, rotated and scaled at
         random, averaged over 2x2 pixels, then coloured."""
         n = len(variant)
         u = torch.rand(n, 4, generator=generator) * 2 - 1
@@ -180,11 +131,13 @@ class Glyphs:
         scale = 1 + u[:, 1] * .07
         cos = angle.cos() / scale
         sin = angle.sin() / scale
-        affine = torch.stack([torch.stack([cos, -sin, u[:, 2] * .11], 1),    # shift by +-1.8 pixels
+        affine = torch.stack([torch.stack([cos, -sin, u[:, 2] * .11], 1),    # shift by +-1.8 pixels of 32
                               torch.stack([sin, cos, u[:, 3] * .11], 1)], 1)    # (n, 2, 3)
-        grid = F.affine_grid(affine, (n, 1, 64, 64), align_corners=False)
-        masks = F.grid_sample(self.masks[variant, None] / 255., grid, align_corners=False)
-        coverage = F.avg_pool2d(masks, 2)    # (n, 1, 32, 32)
+        if self.masks is not None:
+            coverage = self.transformed_coverage(self.masks[variant], affine)
+        else:    # one at a time: the masks of a batch would fill the memory
+            coverage = torch.cat([self.transformed_coverage(self.draw_masks([i]), affine[k:k + 1])
+                                  for k, i in enumerate(variant.tolist())])
         color_jitter = torch.randn(2, n, 3, generator=generator) * .025
         foreground, background = ((self.palette[index] + jitter).clamp(0, 1)[:, :, None, None]
                                   for index, jitter in zip((foreground, background), color_jitter))
@@ -213,19 +166,6 @@ class Glyphs:
 
 def with_article(text):
     return ("an " if text[0] in "aeiou" else "a ") + text
-
-
-def check_split(split, split_sizes):
-    if split not in split_sizes:
-        raise ValueError(f"this data set has the splits {', '.join(split_sizes)}; '{split}' is none of them")
-
-
-def shuffled_forever(size, generator):
-    """Yields row numbers without end; every row comes once before any comes again."""
-    while True:
-        # few of them are used in most cases, so the permutation is turned into numbers in parts
-        for rows in torch.randperm(size, generator=generator).split(256):
-            yield from rows.tolist()
 
 
 # ---------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -309,91 +249,49 @@ class Fashion:
         return (batch[start:start + max_batch] for start in range(0, n, max_batch))
 
 
-# -------------------------------------------------------------------------------------------- your own folder
-
-class FolderDataset:
-    """A folder of captioned images, with its sub-folders: a .txt beside each image, or metadata.jsonl, .csv
-    or .parquet with file_name and text (utils/image_folder.py). Squares are cut from the middle; transparent
-    images get a white background. Images that fit into CACHE_BYTES are kept in memory; otherwise they are
-    read when they are sampled, by several threads. An image that cannot be read is named and left out; more
-    than 1 % of these are an error. Every split is the whole folder. The one attribute is the caption: which
-    of all captions belongs to this image?"""
-    has_fixed_captions = True
-
-    def __init__(self, folder, resolution=DEFAULT_RESOLUTION):
-        self.resolution = resolution
-        self.name = dataset_name(folder)
-        self.paths, self.captions = image_folder.list_images(folder)
-        self.fingerprint = image_folder.fingerprint(folder, self.paths, self.captions)
-        self.split_sizes = {"train": len(self.paths), "test": len(self.paths)}
-        self.vocab = sorted({word for text in self.captions for word in text.lower().split()})
-        self.all_captions = sorted(set(self.captions))
-        self.attributes = {"caption": self.all_captions}
-        index = {text: i for i, text in enumerate(self.all_captions)}
-        self.labels = torch.tensor([index[text] for text in self.captions])
-        self.unreadable = set()
-        self.pool = ThreadPoolExecutor(8)
-        self.image_cache = None
-        if len(self.paths) * 3 * resolution ** 2 < CACHE_BYTES:
-            self.image_cache = list(self.pool.map(self.load_image, range(len(self.paths))))
-
-    def load_image(self, row):
-        """-> image (3, R, R) uint8 and micro_cond (4,), or None if the image cannot be read."""
-        path = self.paths[row]
-        try:
-            return image_folder.load_image(path, self.resolution)
-        except Exception as error:    # image decoders raise exceptions of any type for a damaged file
-            self.unreadable.add(row)
-            name = printable(path)[-200:]
-            reason = printable(str(error).split(": '")[0] or type(error).__name__)[:100]
-            if len(self.unreadable) > .01 * len(self.paths):
-                raise BadInput(f"cannot read the image {name} ({reason}): {len(self.unreadable)} of "
-                                 f"{len(self.paths)} images are broken; repair or remove them") from None
-            print_message(f"left out: {name} cannot be read ({reason}); {len(self.unreadable)} so far")
-            return None
-
-    def sample_batch(self, n, generator=None, split="train"):
-        """n images, all different as long as the folder has n."""
-        return next(self.iter_batches(n, n, generator, split))
-
-    def iter_batches(self, n, max_batch, generator=None, split="train"):
-        """The images of sample_batch(n), in batches of max_batch; the last one may be smaller. They need not
-        fit into memory together."""
-        check_split(split, self.split_sizes)
-        row_iter = (row for row in shuffled_forever(self.split_sizes[split], generator)
-                    if row not in self.unreadable)
-        load_fn = self.image_cache.__getitem__ if self.image_cache else self.load_image
-        for start in range(0, n, max_batch):
-            size = min(max_batch, n - start)
-            loaded = []
-            while len(loaded) < size:    # an image that cannot be read is replaced by the next one
-                rows = list(islice(row_iter, size - len(loaded)))
-                loaded += [(row, *item) for row, item in zip(rows, self.pool.map(load_fn, rows)) if item]
-            rows, images, micro_conds = zip(*loaded)
-            yield Batch(torch.stack(images).float() / 127.5 - 1, [self.captions[row] for row in rows],
-                        self.labels[list(rows), None], torch.ones(size, 1, dtype=torch.bool),
-                        torch.stack(micro_conds))
-
+# ------------------------------------------------------------------------------------------ data sets by name
 
 def dataset_name(name):
-    """The name under which weights/ knows a data set; FileNotFoundError if there is no such data set."""
+    """The name under which weights/ knows a data set; ValueError or OSError if there is no such data set, as
+    far as can be told without a network."""
     if name in ("glyphs", "fashion"):
         return name
-    if name == "" or not Path(name).is_dir():
-        raise FileNotFoundError(f"no data set '{printable(name)}': wanted glyphs, fashion, or a folder "
-                                "of images")
+    source = hub_data.parse_source(name) if name else None
+    if source is None and (name == "" or not Path(name).is_dir()):
+        raise FileNotFoundError(f"no data set '{printable(name)}': wanted glyphs, fashion, a folder of "
+                                "images, a hub data set (OWNER/NAME or OWNER/NAME@SPLIT), or .tar shards")
+    if source is not None:
+        hub_data.check_library(name)
+        if source.kind != "folder":
+            return name
     return Path(name).resolve().name or "folder"    # the root of a file system has no name
 
 
-def build_dataset(name, resolution=DEFAULT_RESOLUTION):
-    """'glyphs', 'fashion', or the path of a folder, whose images get resolution x resolution pixels.
-    ValueError or OSError with a sentence to show."""
-    if name == "glyphs":
-        return Glyphs()
-    if name == "fashion":
-        return Fashion()
-    dataset_name(name)
-    return FolderDataset(name, resolution)
+def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random_crop=False):
+    """A data set by its name, whose images get resolution x resolution pixels: 'glyphs', 'fashion', a folder,
+    a hub data set, or .tar shards. random_flip, random_crop: augment what training_batch returns. ValueError
+    or OSError with a sentence to show."""
+    if name in ("glyphs", "fashion"):
+        if random_flip or random_crop:
+            option = "--random-flip" if random_flip else "--random-crop"
+            raise ValueError(f"{option} is for folders and hub data sets: the captions of {name} would not "
+                             "fit its images any more")
+        return Glyphs(resolution) if name == "glyphs" else Fashion()
+    short_name = dataset_name(name)
+    if name == DEFAULT_HUB_DATASET and distributed.get_rank() == 0:
+        print_message(default_dataset_message())
+    source = hub_data.parse_source(name)
+    source = image_folder.ImageFolder(name) if source is None else hub_data.open_source(source)
+    dataset_cls = StreamedImages if isinstance(source, hub_data.Stream) else CaptionedImages
+    return dataset_cls(short_name, source, resolution, random_flip, random_crop)
+
+
+def default_dataset_message():
+    """The sentence that announces the default data set of large models."""
+    default = hub_data.DEFAULT_DATASET
+    return (f"data: {default['id']}, {default['num_images']:,} captioned images, {default['download']} to "
+            f"download once and {default['disk']} on disk, in {hub_data.cache_folder()}; licence: "
+            f"{default['licence']}; --data names another")
 
 
 # ---------------------------------------------------------------------------------------------- contact sheet
@@ -419,20 +317,21 @@ def preview(args):
     """Write the contact sheet that the command line asks for. ValueError or OSError with a sentence."""
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63 - 1")
-    path = Path(args.output or f"{dataset_name(args.preview)}.png")
+    name = dataset_name(args.preview)
+    path = Path(args.output or re.sub(r"[*?{}\[\]#:]+", "_", Path(name).name) + ".png")
     if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"--output {printable(path)}: wanted a file name ending in .png, in a folder that "
                          "exists")
-    dataset = build_dataset(args.preview)
-    contact_sheet(dataset, path, seed=args.seed)
+    contact_sheet(build_dataset(args.preview), path, seed=args.seed)
     print_message(f"wrote {printable(path)}")
-    if isinstance(dataset, FolderDataset) and path.resolve().is_relative_to(Path(args.preview).resolve()):
+    if Path(args.preview).is_dir() and path.resolve().is_relative_to(Path(args.preview).resolve()):
         print_message("it lies in the data folder, where it will be taken for one of the images: move it")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write a contact sheet of a data set: images and captions.")
-    parser.add_argument("--preview", required=True, metavar="DATA", help="glyphs, fashion, or a folder")
+    parser.add_argument("--preview", required=True, metavar="DATA",
+                        help="glyphs, fashion, a folder, a hub data set, or .tar shards")
     parser.add_argument("--output", help="the PNG to write (default: the data set's name + .png)")
     parser.add_argument("--seed", type=int, default=0, help="which images")
     args = parser.parse_args(argv)

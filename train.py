@@ -161,7 +161,8 @@ def setup(args):
                                run_config["vae"], method.max_resolution.get(model_name))
     if model.is_large:
         run_config["resolution"] = model.resolution
-    dataset = data.build_dataset(run_config["data"], model.resolution)
+    dataset = data.build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
+                                 run_config["random_crop"])
     config.check_model(model, run_config["fsdp"])
     with torch.no_grad():                                              # every caption must be encodable
         model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],
@@ -203,8 +204,7 @@ def final_evaluation(trainer, evaluator, run_dir, captions):
              for label, num_steps, sampling_settings in trainer.config.eval_sampling_configs()],
             captions, evaluator)
     if distributed.get_rank() == 0:
-        num_images = len(evaluator.captions) if evaluator else 0
-        report.save_report(run_dir, rows, image_rows, captions, num_images)
+        report.save_report(run_dir, rows, image_rows, captions, len(evaluator.captions) if evaluator else 0)
 
 
 def run_training(args):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 from conftest import ROOT
+from utils import captioned_images
 
 
 def seeded(seed=0):
@@ -183,7 +184,7 @@ def test_a_few_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, c
     path = make_image_folder(tmp_path / "many", n=120)
     (path / "7.png").write_bytes(b"no picture")
     for cache_bytes in (2 ** 30, 0):    # kept in memory, or read when sampled
-        monkeypatch.setattr(data, "CACHE_BYTES", cache_bytes)
+        monkeypatch.setattr(captioned_images, "CACHE_BYTES", cache_bytes)
         dataset = data.build_dataset(str(path))
         captions = dataset.sample_batch(119, seeded()).caption
         assert len(set(captions)) == 119 and "a picture 7" not in captions
@@ -197,7 +198,7 @@ def test_a_few_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, c
 def test_images_in_memory_and_on_disk_give_the_same_batch(tmp_path, monkeypatch):
     path = make_image_folder(tmp_path / "mine", n=12)
     cached = data.build_dataset(str(path)).sample_batch(5, seeded())
-    monkeypatch.setattr(data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(captioned_images, "CACHE_BYTES", 0)
     dataset = data.build_dataset(str(path))
     loaded = dataset.sample_batch(5, seeded())
     assert dataset.image_cache is None and torch.equal(cached.image, loaded.image)
@@ -299,7 +300,7 @@ def test_messages_survive_any_encoding(tmp_path, monkeypatch, encoding):
     folder = folder_with_odd_names(tmp_path / "図")
     stdout = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding=encoding, errors="strict"))
-    assert len(data.build_dataset(str(folder)).unreadable) == 1
+    assert len(data.build_dataset(str(folder)).reader.unreadable) == 1
     sys.stdout.flush()
     lines = stdout.getvalue().decode(encoding).splitlines()
     assert len(lines) == 2 and "left out: 3 file" in lines[0] and "cannot be read" in lines[1]

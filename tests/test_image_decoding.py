@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import image_folder
+from utils import image_decoding
 
 
 def test_images_are_uint8_and_in_order(tmp_path):
     pixels = np.arange(64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image, micro_cond = image_folder.load_image(tmp_path / "a.png", 64)
+    image, micro_cond = image_decoding.load_image(tmp_path / "a.png", 64)
     assert image.dtype == torch.uint8 and (image.permute(1, 2, 0).numpy() == pixels).all()
     assert micro_cond.tolist() == [64, 64, 0, 0]
 
@@ -134,7 +134,7 @@ TRANSPARENT = dict(transparent_files())
 def test_transparent_files_are_composed_onto_white(tmp_path, name):
     path = tmp_path / "a.png"
     path.write_bytes(TRANSPARENT[name])
-    image, _ = image_folder.load_image(path, 64)
+    image, _ = image_decoding.load_image(path, 64)
     assert image.shape == (3, 64, 64)
     assert (image.numpy() == EXPECTED).all()
 
@@ -151,16 +151,16 @@ def test_transparent_images_of_every_mode_are_composed_onto_white():
     images = (rgba, la, rgba.convert("RGBa"), la.convert("La"), palette_with_alpha, pa, one_bit, sixteen_bit)
     for image in images:
         before = dict(image.info)
-        assert (np.asarray(image_folder.to_rgb(image)) == EXPECTED[..., None]).all(), image.mode
+        assert (np.asarray(image_decoding.to_rgb(image)) == EXPECTED[..., None]).all(), image.mode
         assert image.info == before
 
 
 def test_half_transparent_black_is_grey():
     for mode, pixel in (("RGBA", (0, 0, 0, 128)), ("LA", (0, 128))):
-        rgb = np.asarray(image_folder.to_rgb(Image.new(mode, (8, 8), pixel)))
+        rgb = np.asarray(image_decoding.to_rgb(Image.new(mode, (8, 8), pixel)))
         assert (abs(rgb.astype(int) - 127) <= 1).all()
     premultiplied = Image.new("RGBA", (8, 8), (200, 100, 0, 128)).convert("RGBa")
-    rgb = np.asarray(image_folder.to_rgb(premultiplied)).astype(int)
+    rgb = np.asarray(image_decoding.to_rgb(premultiplied)).astype(int)
     assert (abs(rgb - [227, 177, 127]) <= 2).all()
 
 
@@ -168,17 +168,17 @@ def test_hidden_colours_do_not_bleed_when_an_image_is_resized(tmp_path):
     rgba = np.zeros((64, 64, 4), np.uint8)
     rgba[SQUARE] = 255
     Image.fromarray(rgba).save(tmp_path / "a.png")    # white, on transparent black
-    assert (image_folder.load_image(tmp_path / "a.png", 24)[0] == 255).all()
+    assert (image_decoding.load_image(tmp_path / "a.png", 24)[0] == 255).all()
 
 
 def test_opaque_images_of_every_mode_keep_their_colours(tmp_path):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8))
     for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "RGBX"):
         image = rgb.convert(mode)
-        assert image_folder.to_rgb(image).tobytes() == image.convert("RGB").tobytes()
-    assert image_folder.to_rgb(rgb.convert("RGBA")).tobytes() == rgb.tobytes()
+        assert image_decoding.to_rgb(image).tobytes() == image.convert("RGB").tobytes()
+    assert image_decoding.to_rgb(rgb.convert("RGBA")).tobytes() == rgb.tobytes()
     sixteen_bit = Image.fromarray(np.full((8, 8), 257 * 128, np.uint16))
-    assert (np.asarray(image_folder.to_rgb(sixteen_bit)) == 128).all()
+    assert (np.asarray(image_decoding.to_rgb(sixteen_bit)) == 128).all()
 
 
 # -------------------------------------------------------------------------------------------------- EXIF data
@@ -205,10 +205,10 @@ def test_orientation_is_applied(tmp_path, name):
     for orientation in (3, 6, 8):
         path = tmp_path / "a.img"
         path.write_bytes(black_above_white(orientation, name)[0])
-        image, micro_cond = image_folder.load_image(path, 64)
+        image, micro_cond = image_decoding.load_image(path, 64)
         assert is_black_above_white(image)
     Image.new("RGB", (40, 60)).save(path, "JPEG", exif=Image.open(path).getexif())
-    assert image_folder.load_image(path, 32)[1].tolist() == [40, 60, 0, 8]
+    assert image_decoding.load_image(path, 32)[1].tolist() == [40, 60, 0, 8]
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP"])
@@ -229,7 +229,7 @@ def test_broken_exif_data_refuse_no_image(tmp_path, name):
             stop = start + len(block)
             damaged[stop:stop + 4] = struct.pack(">I", zlib.crc32(bytes(damaged[start - 4:stop])))
         path.write_bytes(damaged)
-        image, _ = image_folder.load_image(path, 64)
+        image, _ = image_decoding.load_image(path, 64)
         if all(position > entry + 12 for position in positions):
             assert is_black_above_white(image)
 
@@ -239,8 +239,8 @@ def test_broken_exif_data_refuse_no_image(tmp_path, name):
     b"II*\0\x08\0\0\0\xff\xff",
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01\0\0\0\x06", b"\0" * 64, bytes(range(256))])
 def test_an_exif_block_without_an_orientation_changes_nothing(exif):
-    assert image_folder.parse_exif_orientation(exif) in (None, 1)
-    assert image_folder.find_orientation({"exif": b"Exif\0\0" + exif}) == 1
+    assert image_decoding.parse_exif_orientation(exif) in (None, 1)
+    assert image_decoding.find_orientation({"exif": b"Exif\0\0" + exif}) == 1
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -259,7 +259,7 @@ def test_odd_exif_entries_refuse_no_image(tmp_path, order, tag, kind, count):
     image = Image.open(io.BytesIO(black_above_white(6)[0]))
     path = tmp_path / "a.jpg"
     image.save(path, exif=b"Exif\0\0" + header + directory + b"\0\0\0\0")
-    assert is_black_above_white(image_folder.load_image(path, 64)[0])
+    assert is_black_above_white(image_decoding.load_image(path, 64)[0])
 
 
 @pytest.mark.parametrize("offset", [2 ** 32 - 1, 7, 12400])
@@ -271,7 +271,7 @@ def test_a_tiff_with_a_broken_exif_directory_is_read(tmp_path, offset, tag):
     start = tiff.index(model)
     path = tmp_path / "a.tif"
     path.write_bytes(tiff[:start] + struct.pack("<HHII", tag, 4, 1, offset) + tiff[start + 12:])
-    assert is_black_above_white(image_folder.load_image(path, 64)[0])
+    assert is_black_above_white(image_decoding.load_image(path, 64)[0])
 
 
 def test_an_orientation_in_xmp_counts_if_exif_has_none(tmp_path):
@@ -279,4 +279,4 @@ def test_an_orientation_in_xmp_counts_if_exif_has_none(tmp_path):
     image.info.pop("exif")
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     image.save(tmp_path / "a.jpg", xmp=xmp)
-    assert is_black_above_white(image_folder.load_image(tmp_path / "a.jpg", 64)[0])
+    assert is_black_above_white(image_decoding.load_image(tmp_path / "a.jpg", 64)[0])

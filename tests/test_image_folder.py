@@ -118,7 +118,7 @@ def test_captions_in_upper_case_files_are_found(tmp_path):
 
 
 def test_bad_folders_each_get_a_sentence(tmp_path):
-    assert "wanted glyphs, fashion, or a folder" in complaint(tmp_path / "nowhere")
+    assert "wanted glyphs, fashion, a folder" in complaint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "no images" in complaint(tmp_path / "empty")
     (tmp_path / "empty" / "a.avif").write_text("")

@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from utils import checkpoint, distributed, precision
+from utils import checkpoint, distributed, hub_data, precision
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
 TINY, LARGE = 0, 1                     # index of a default that depends on the size of the model
@@ -24,9 +24,13 @@ def make_parser(description, methods, models):
                         for name, method in methods.items())
     parser.add_argument("--method", help=f"{', '.join(methods)} (default: the first)")
     parser.add_argument("--model", help=f"{', '.join(models)} (default: tiny)")
-    parser.add_argument("--data", help="glyphs (default), fashion, a folder of captioned images, a "
-                        "data set's hub id (OWNER/NAME), or WebDataset shards (default of Stable Diffusion: "
-                        "a small set from the hub)")
+    parser.add_argument("--data", help="glyphs (default), fashion, a folder of captioned images, a data "
+                        "set's hub id (OWNER/NAME or OWNER/NAME@SPLIT), or WebDataset shards "
+                        "('shards/{000..012}.tar') (default of Stable Diffusion: a small set from the hub)")
+    parser.add_argument("--random-flip", action="store_true", default=None, help="mirror half of the "
+                        "training images (not where captions say left or right, or for text)")
+    parser.add_argument("--random-crop", action="store_true", default=None,
+                        help="cut the training squares anywhere, not from the middle")
     parser.add_argument("--pretrained", metavar="PATH", help="initial weights: a file or a run folder; for "
                         "Stable Diffusion a diffusers folder, a .safetensors file or a hub id (default: the "
                         "shipped or public ones)")
@@ -159,6 +163,7 @@ def new_run_config(args, methods, models, default_data):
         "method": method_name, "model": model_name, "data": args.data or default_data[is_large],
         "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
         "resolution": args.resolution,
+        "random_flip": bool(args.random_flip), "random_crop": bool(args.random_crop),
         "lora_rank": initial_lora_rank(args, method.lora_rank) if is_large and not args.full else 0,
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
         "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
@@ -166,7 +171,8 @@ def new_run_config(args, methods, models, default_data):
         "prompts": read_prompts(args), "on_nan": "stop", "eval_every": EVAL_EVERY[is_large],
         "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,
         "steps": method.large_steps if is_large else method.default_steps}
-    for key in ("data", "pretrained", "backbone", "vae"):              # a resume may come from another folder
+    run_config["data"] = hub_data.absolute_name(run_config["data"])    # a resume may come from another folder
+    for key in ("pretrained", "backbone", "vae"):
         if run_config[key] and Path(run_config[key]).exists():
             run_config[key] = str(Path(run_config[key]).resolve())
     return run_config

@@ -1,33 +1,22 @@
-"""Read a folder of captioned images: which files, which captions, and each image as a square uint8 tensor.
+"""Read a folder of captioned images: which files, and which captions.
 
 Two conventions, also in sub-folders: a .txt file beside each image, or a metadata table (metadata.jsonl, .csv
 or .parquet with the columns file_name and text, as Hugging Face's "imagefolder") for its folder and all
 folders below it. No file is passed over silently: what is neither image nor caption is counted and named.
-
-Transparent images are composed onto a white background before they are resized. Of an animation the first
-frame is read. EXIF orientation is applied; the rest of the EXIF data is not looked at.
-Read next: data.FolderDataset, which makes batches of this.
+Read next: utils/image_decoding.py (one image), data.CaptionedImages (batches)
 """
 
 import csv
 import hashlib
 import json
 import os
-import re
-import struct
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from utils import distributed
+from utils.image_decoding import IMAGE_FORMATS
 from utils.messages import print_message, printable
 
-IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"    # no PostScript: it is a program
 METADATA_TABLES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
-MAX_PIXELS = 10 ** 8
-BACKGROUND = "white"                                           # behind transparent pixels
 # what operating systems, browsers of files and git put into folders, in lower case
 SYSTEM_NAMES = {".ds_store", "__macosx", "thumbs.db", "desktop.ini", ".git", ".gitattributes", ".gitignore",
                 ".cache", ".ipynb_checkpoints"}
@@ -262,140 +251,18 @@ def parquet_rows(table):
         yield f"row {number}", row
 
 
-# ----------------------------------------------------------------------------------------------------- images
+class ImageFolder:
+    """The images of a folder, as data.CaptionedImages wants them: `captions`, `fingerprint`, and for each row
+    what `load_image` opens."""
 
-def load_image(path, resolution):
-    """-> image (3, resolution, resolution) uint8, cut from the middle, and micro_cond (4,): height and width
-    of the image; rows and columns of the resized image that were cut off above and on the left. Raises
-    whatever a decoder raises."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-    if not path.is_file():
-        raise OSError("there is no such file")
-    file, exif = hide_jpeg_exif(path)
-    try:
-        image = Image.open(file, formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}, or damaged") from None
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError("it has more than 100 million pixels")
-        if image.mode in ("I", "F"):
-            raise ValueError("it has 32 bits per pixel")
-        if image.format == "PNG" and "transparency" in image.info:
-            image.info["transparency"] = png_transparent_color(image)
-        image.getexif = Image.Exif      # so that load() parses no EXIF directory of a TIFF: it may be broken
-        orientation = image.tag_v2.get(ORIENTATION_TAG) if image.format == "TIFF" else None
-        image.load()
-        image = apply_orientation(to_rgb(image), orientation or find_orientation(image.info, exif))
-    w, h = image.size
-    scale = resolution / min(w, h)
-    top, left = (int((side * scale - resolution) / 2) for side in (h, w))
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.tensor([h, w, top, left])
+    def __init__(self, folder):
+        self.paths, self.captions = list_images(folder)
+        self.fingerprint = fingerprint(folder, self.paths, self.captions)
 
+    def open(self, row):
+        """-> the path of an image."""
+        return self.paths[row]
 
-def to_rgb(image):
-    """A PIL image of any mode -> RGB, transparent parts composed onto BACKGROUND. image.info["transparency"]
-    is the colour that is transparent, at the depth of the pixels (of a palette: indices or alphas)."""
-    from PIL import Image
-    color = image.info.get("transparency")
-    if image.mode.startswith("I;16"):
-        pixels = np.asarray(image)                     # (H, W) uint16; convert() would clip at 255
-        opaque = None if color is None else pixels != color
-        rgb = Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-    elif image.mode in ("1", "L", "RGB") and color is not None:
-        gray_or_rgb = image.copy() if image.mode == "RGB" else image.convert("L")
-        gray_or_rgb.info.clear()
-        pixels = np.asarray(gray_or_rgb).reshape(image.height, image.width, -1)
-        opaque = (pixels != color).any(-1)             # (H, W)
-        rgb = gray_or_rgb.convert("RGB")
-    elif image.has_transparency_data:
-        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-        background = Image.new("RGBA", image.size, BACKGROUND)
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    else:
-        return image.convert("RGB")
-    if opaque is None:
-        return rgb
-    return Image.composite(rgb, Image.new("RGB", image.size, BACKGROUND), Image.fromarray(opaque))
-
-
-def png_transparent_color(image):
-    """The colour that a tRNS chunk declares transparent, scaled as Pillow scales the pixels of a PNG that is
-    not loaded yet. Pillow drops the low byte of 16-bit colour, so there the high bytes decide."""
-    color = image.info["transparency"]
-    if image.mode not in ("L", "RGB"):                 # "1", "I;16" and palettes are right as they are
-        return color
-    rawmode = image.tile[0].args
-    if image.mode == "RGB":
-        return tuple(value >> 8 if rawmode == "RGB;16B" else value & 255 for value in color)
-    bits = {"L;2": 2, "L;4": 4}.get(rawmode, 8)
-    max_value = 2 ** bits - 1
-    return (color & max_value) * 255 // max_value
-
-
-# ------------------------------------------------------------------------------------------------ orientation
-
-ORIENTATION_TAG = 274
-JPEG_EXIF = re.compile(rb"(?s)(\xff\xe1..)Exif\0\0")       # marker and length, name of the block
-
-
-def hide_jpeg_exif(path):
-    """-> what to open instead of the path, and the bytes from the EXIF block on (None without one). Pillow
-    parses the EXIF block when it opens a JPEG and refuses some, so the block's name is overwritten."""
-    with path.open("rb") as file:
-        if file.read(3) != b"\xff\xd8\xff":
-            return path, None
-        file.seek(0)
-        data = file.read()
-    match = JPEG_EXIF.search(data)
-    exif = None if match is None else data[match.end():match.end() + 2 ** 16]
-    return BytesIO(JPEG_EXIF.sub(rb"\1------", data)), exif
-
-
-def find_orientation(info, exif=None):
-    """The orientation in an image's metadata: EXIF, EXIF as text in a PNG (ImageMagick), or XMP. 1 (upright)
-    if there is none or it cannot be read."""
-    exif = exif or info.get("exif") or b""
-    if not exif and isinstance(info.get("Raw profile type exif"), str):
-        digits = "".join(info["Raw profile type exif"].split("\n")[3:])
-        try:
-            exif = bytes.fromhex(digits)
-        except ValueError:
-            exif = b""
-    orientation = parse_exif_orientation(exif)
-    if orientation is not None:
-        return orientation
-    xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
-    xmp = xmp.encode(errors="replace") if isinstance(xmp, str) else xmp
-    match = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
-    return int(match[1]) if match else 1
-
-
-def parse_exif_orientation(exif):
-    """The orientation in the first directory of an EXIF block, or None. Only this entry is read, so damage
-    elsewhere does not matter."""
-    exif = re.sub(rb"^(Exif\0\0)+", b"", exif)
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    try:
-        offset, = struct.unpack_from(f"{order}I", exif, 4)
-        num_entries, = struct.unpack_from(f"{order}H", exif, offset)
-        for i in range(num_entries):
-            start = offset + 2 + 12 * i
-            tag, kind = struct.unpack_from(f"{order}HH", exif, start)
-            if tag == ORIENTATION_TAG:
-                code = {1: "B", 3: "H", 4: "I"}[kind]  # byte, short, long
-                return struct.unpack_from(f"{order}{code}", exif, start + 8)[0]
-    except (struct.error, KeyError):                   # no EXIF, cut off, or a value of another type
-        pass
-    return None
-
-
-def apply_orientation(image, orientation):
-    """Rotate and flip a PIL image as its EXIF orientation (1 to 8) asks; anything else changes nothing."""
-    from PIL.Image import Transpose
-    methods = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-               5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-               8: Transpose.ROTATE_90}
-    method = methods.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    def describe(self, row):
+        """-> the name of an image in a message."""
+        return str(self.paths[row])

@@ -16,6 +16,7 @@ import torch
 from utils import checkpoint, distributed, precision
 
 GRAD_NORM_EVERY = 10                   # steps between two measurements of each loss term's gradient norm
+PREFETCH_STEPS = 3                     # steps whose batches are read in advance
 DIAGNOSE_WINDOW = 100                  # steps after which a useless discriminator is reported
 
 
@@ -36,7 +37,7 @@ class TrainingState:
         self.num_micro_batches = config.gradient_accumulation_steps * distributed.get_world_size()
         first_id = config.gradient_accumulation_steps * distributed.get_rank()
         self.micro_batch_ids = range(first_id, first_id + config.gradient_accumulation_steps)
-        self.prefetch_pool, self.next_batch_future = ThreadPoolExecutor(1), None
+        self.prefetch_pool, self.prefetched = ThreadPoolExecutor(1), {}    # step: future of its batches
 
         self.g_params = [param for param in model.network.parameters() if param.requires_grad]
         self.d_params = list(disc.parameters())
@@ -49,23 +50,35 @@ class TrainingState:
     # ---------------------------------------------------------------------------------- batches and seeds
 
     def next_batches(self):
-        """This step's micro-batches; a thread prepares those of the next step meanwhile."""
-        future = self.next_batch_future or self.prefetch_pool.submit(self.load_batches, self.step)
-        is_last_step = self.step + 1 >= self.total_steps
-        self.next_batch_future = None
-        if not is_last_step:
-            self.next_batch_future = self.prefetch_pool.submit(self.load_batches, self.step + 1)
-        return [batch.to(self.model.alpha.device, self.model.resolution) for batch in future.result()]
+        """This step's micro-batches; a thread prepares those of the next PREFETCH_STEPS steps meanwhile."""
+        last_step = max(self.step, min(self.step + PREFETCH_STEPS, self.total_steps - 1))
+        for step in range(self.step, last_step + 1):
+            if step not in self.prefetched:
+                self.prefetched[step] = self.prefetch_pool.submit(self.load_batches, step)
+        batches = self.prefetched.pop(self.step).result()
+        return [batch.to(self.model.alpha.device, self.model.resolution) for batch in batches]
 
     def load_batches(self, step):
         """Images and captions of a step. They depend on its number only."""
         batches = []
         for micro_batch_id in self.micro_batch_ids:
             generator = torch.Generator().manual_seed(self.derive_seed(micro_batch_id, "data", step=step))
-            batch = self.dataset.sample_batch(self.config.batch_size, generator)
+            if hasattr(self.dataset, "training_batch"):                # it has epochs
+                position = self.data_position(step, micro_batch_id)
+                batch = self.dataset.training_batch(position, self.config.batch_size, self.seed, generator)
+            else:
+                batch = self.dataset.sample_batch(self.config.batch_size, generator)
             batch.generator = torch.Generator().manual_seed(self.derive_seed("path", step=step))
-            batches.append(batch)
+            batches.append(batch.pin_memory() if self.model.alpha.is_cuda else batch)
         return batches
+
+    def data_position(self, step, micro_batch_id):
+        """The number of images before a micro-batch: of all processes, or of this one if it has a part of
+        the data for itself."""
+        first_id, per_step = 0, self.num_micro_batches
+        if self.dataset.is_stream:
+            first_id, per_step = self.micro_batch_ids.start, len(self.micro_batch_ids)
+        return (step * per_step + micro_batch_id - first_id) * self.config.batch_size
 
     def derive_seed(self, *tags, step=None):
         """A random seed from the run's seed, the step and a purpose."""

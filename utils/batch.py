@@ -1,0 +1,46 @@
+"""Batch, what every data set returns.
+
+Read next: data.py"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Batch:
+    """Images and all that is known about them."""
+    image: torch.Tensor                         # (B, 3, H, W) in [-1, 1]
+    caption: list                               # B strings
+    attributes: torch.Tensor                    # (B, A) class of each attribute, -1 where an image has none
+    mentioned: torch.Tensor                     # (B, A) bool: the caption states the attribute
+    # (B, 4): height and width of the original image in pixels, then rows and columns of the resized image
+    # that were cut off above and on the left
+    micro_cond: torch.Tensor | None = None
+    # for draws that all micro-batches of a step share; None: torch's global generator
+    generator: torch.Generator | None = None
+
+    def __getitem__(self, rows):
+        """rows: a slice."""
+        micro_cond = None if self.micro_cond is None else self.micro_cond[rows]
+        return Batch(self.image[rows], self.caption[rows], self.attributes[rows], self.mentioned[rows],
+                     micro_cond, self.generator)
+
+    def pin_memory(self):
+        """The images in page-locked memory, from which a GPU copies them while the CPU goes on."""
+        return Batch(self.image.pin_memory(), self.caption, self.attributes, self.mentioned, self.micro_cond,
+                     self.generator)
+
+    def to(self, device, resolution=None):
+        """The images on a device, resized to the model's resolution (bicubic) if they have another."""
+        image = self.image.to(device, non_blocking=self.image.is_pinned())
+        if resolution and resolution != image.shape[-1]:
+            image = F.interpolate(image, (resolution, resolution), mode="bicubic", antialias=True)
+            image = image.clamp(-1, 1)
+        return Batch(image, self.caption, self.attributes, self.mentioned, self.micro_cond, self.generator)
+
+
+def check_split(split, split_sizes):
+    if split not in split_sizes:
+        raise ValueError(f"this data set has the splits {', '.join(split_sizes)}; '{split}' is none of them")

@@ -1,0 +1,165 @@
+"""Data sets of your own images: in any order (CaptionedImages) or one after the other (StreamedImages).
+
+Both have `training_batch`, which gives the images at a position of a run: in an epoch every image comes once
+before any comes again, in all processes together, and a resumed run continues where it was.
+Read next: utils/image_folder.py, utils/hub_data.py, the sources of the images
+"""
+
+from itertools import islice
+
+import torch
+
+from utils.batch import Batch, check_split
+from utils.image_decoding import CENTRE, ImageReader, draw_augmentation
+from utils.shuffling import EpochOrder, shuffled_forever
+
+CACHE_BYTES = 2 ** 30         # images are kept in memory if they are smaller than this
+
+
+class CaptionedImages:
+    """Images of a folder, a hub data set or small .tar shards, in any order. Squares are cut from the middle,
+    or anywhere with random_crop; transparent images get a white background. Images that fit into CACHE_BYTES
+    are kept in memory; otherwise they are read when they are sampled. Every split is the whole set. The one
+    attribute is the caption: which of all captions belongs to this image?"""
+    has_fixed_captions = True
+    is_stream = False
+
+    def __init__(self, name, source, resolution, random_flip=False, random_crop=False):
+        """source: an ImageFolder or a TableImages. random_flip, random_crop: of training images."""
+        self.name, self.source, self.resolution = name, source, resolution
+        self.random_flip, self.random_crop = random_flip, random_crop
+        self.captions, self.fingerprint = source.captions, source.fingerprint
+        size = len(self.captions)
+        self.split_sizes = {"train": size, "test": size}
+        self.vocab = sorted({word for text in self.captions for word in text.lower().split()})
+        self.all_captions = sorted(set(self.captions))
+        self.attributes = {"caption": self.all_captions}
+        index = {text: i for i, text in enumerate(self.all_captions)}
+        self.labels = torch.tensor([index[text] for text in self.captions])
+        self.epoch_order = EpochOrder(size)
+        self.reader = ImageReader(resolution, size)
+        self.image_cache = None
+        if size * 3 * resolution ** 2 < CACHE_BYTES and not random_crop:
+            self.image_cache = list(self.reader.pool.map(self.read_image, range(size)))
+
+    def read_image(self, row, crop=CENTRE, flip=False):
+        """-> image (3, R, R) uint8 and micro_cond (4,), or None if the image cannot be read."""
+        return self.reader.read(lambda: self.source.open(row), self.source.describe(row), crop, flip)
+
+    def load_image(self, row, crop=CENTRE, flip=False):
+        """The same, from the memory if it is there."""
+        if self.image_cache is None:
+            return self.read_image(row, crop, flip)
+        if flip and self.image_cache[row]:
+            image, micro_cond = self.image_cache[row]
+            return image.flip(-1), micro_cond    # the square in the middle stays where it is
+        return self.image_cache[row]
+
+    def training_batch(self, position, n, seed, generator):
+        """The n images at a position of a run: its images before this batch, in all processes. Within an
+        epoch all are different. seed: of the run. generator: draws crops, flips, and what replaces an image
+        that cannot be read."""
+        rows = self.epoch_order.rows(position, n, seed)
+        augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
+        items = self.reader.pool.map(lambda row, args: self.load_image(row, *args), rows, augmentation)
+        loaded = [(row, *item) if item else self.load_next(self.readable_rows(generator), 1)[0]
+                  for row, item in zip(rows, list(items))]
+        return self.make_batch(loaded)
+
+    def sample_batch(self, n, generator=None, split="train"):
+        """n images, all different as long as the set has n."""
+        return next(self.iter_batches(n, n, generator, split))
+
+    def iter_batches(self, n, max_batch, generator=None, split="train"):
+        """The images of sample_batch(n), in batches of max_batch; the last one may be smaller. They need not
+        fit into memory together."""
+        check_split(split, self.split_sizes)
+        row_iter = self.readable_rows(generator)
+        for start in range(0, n, max_batch):
+            yield self.make_batch(self.load_next(row_iter, min(max_batch, n - start)))
+
+    def readable_rows(self, generator):
+        return (row for row in shuffled_forever(len(self.captions), generator)
+                if self.source.describe(row) not in self.reader.unreadable)
+
+    def load_next(self, row_iter, n):
+        """-> n times (row, image, micro_cond). An image that cannot be read is replaced by the next one."""
+        loaded = []
+        while len(loaded) < n:
+            rows = list(islice(row_iter, n - len(loaded)))
+            loaded += [(row, *item) for row, item in zip(rows, self.reader.pool.map(self.load_image, rows))
+                       if item]
+        return loaded
+
+    def make_batch(self, loaded):
+        rows, images, micro_conds = zip(*loaded)
+        return Batch(torch.stack(images).float() / 127.5 - 1, [self.captions[row] for row in rows],
+                     self.labels[list(rows), None], torch.ones(len(rows), 1, dtype=torch.bool),
+                     torch.stack(micro_conds))
+
+
+class StreamedImages:
+    """Images that are read one after the other, from a hub data set or .tar shards too large to copy. They
+    are shuffled within a buffer, and the order of the shards is shuffled. Their captions are not known before
+    they are read. A position is reached by reading and dropping what is before it: a resumed run reads
+    everything again, without decoding it, and then continues with the same images."""
+    has_fixed_captions = False
+    is_stream = True
+    split_sizes = {"train": None, "test": None}    # None: the size is not known
+    all_captions, vocab, attributes = [], [], {}
+
+    def __init__(self, name, source, resolution, random_flip=False, random_crop=False):
+        """source: a hub_data.Stream. random_flip, random_crop: of training images."""
+        self.name, self.source, self.resolution = name, source, resolution
+        self.random_flip, self.random_crop = random_flip, random_crop
+        self.fingerprint = source.fingerprint
+        self.reader = ImageReader(resolution)
+        self.records, self.next_position = None, 0
+
+    def training_batch(self, position, n, seed, generator):
+        """The n images at a position of this process's part of the stream. seed, generator: as in
+        CaptionedImages."""
+        if self.records is None or position != self.next_position:
+            part = self.source.iter_records(seed, self.source.shuffle_buffer, only_this_rank=True)
+            self.records = islice(part, position, None)
+        self.next_position = position + n
+        augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
+        loaded = self.load(list(islice(self.records, n)), augmentation)
+        num_missing = n - len(loaded)    # what cannot be read is replaced, so that positions stay
+        if num_missing:
+            loaded += self.load_next(self.source.iter_records(draw_seed(generator), 10), num_missing)
+        return self.make_batch(loaded)
+
+    def sample_batch(self, n, generator=None, split="train"):
+        """n images; the same in every process if the generators are."""
+        return next(self.iter_batches(n, n, generator, split))
+
+    def iter_batches(self, n, max_batch, generator=None, split="train"):
+        """The images of sample_batch(n), in batches of max_batch; the last one may be smaller."""
+        check_split(split, self.split_sizes)
+        records = self.source.iter_records(draw_seed(generator), min(10 * n, self.source.shuffle_buffer))
+        for start in range(0, n, max_batch):
+            yield self.make_batch(self.load_next(records, min(max_batch, n - start)))
+
+    def load(self, records, augmentation):
+        """[(open_fn, name, caption)] -> those that can be read, [(image, micro_cond, caption)]."""
+        items = self.reader.pool.map(lambda record, args: self.reader.read(*record[:2], *args), records,
+                                     augmentation)
+        return [(*item, caption) for item, (_, _, caption) in zip(items, records) if item]
+
+    def load_next(self, records, n):
+        loaded = []
+        while len(loaded) < n:
+            chunk = list(islice(records, n - len(loaded)))
+            loaded += self.load(chunk, [(CENTRE, False)] * len(chunk))
+        return loaded
+
+    def make_batch(self, loaded):
+        images, micro_conds, captions = zip(*loaded)
+        no_attributes = torch.zeros(len(images), 0, dtype=torch.long)
+        return Batch(torch.stack(images).float() / 127.5 - 1, list(captions), no_attributes,
+                     no_attributes.bool(), torch.stack(micro_conds))
+
+
+def draw_seed(generator):
+    return int(torch.randint(2 ** 62, (), generator=generator))
