@@ -262,8 +262,11 @@ def dataset_name(name):
                                 "images, a hub data set (OWNER/NAME or OWNER/NAME@SPLIT), or .tar shards")
     if source is not None:
         hub_data.check_library(name)
-        if source.kind != "folder":
+        if source.kind == "hub":
             return name
+        if source.kind == "shards":
+            hub_data.list_shards(source)
+        name = name if Path(name).exists() else name.partition("#")[0]
     return Path(name).resolve().name or "folder"    # the root of a file system has no name
 
 

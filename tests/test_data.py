@@ -9,14 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 from conftest import ROOT
-from utils import captioned_images
+from utils import captioned_images, training_state
+from utils.shuffling import EpochOrder
 
 
 def seeded(seed=0):
@@ -109,6 +113,22 @@ def test_a_slice_of_a_batch_and_another_resolution(glyphs):
     resized = batch.to("cpu", 48)
     assert resized.image.shape == (4, 3, 48, 48) and resized.image.abs().max() <= 1
     assert torch.equal(batch.to("cpu", 32).image, batch.image)
+
+
+@pytest.mark.parametrize("resolution", [48, 64, 200])
+def test_at_another_resolution_the_same_images_are_drawn(glyphs, resolution):
+    dataset = data.build_dataset("glyphs", resolution)
+    for split in ("train", "held_out"):
+        small, large = (source.sample_batch(6, seeded(), split) for source in (glyphs, dataset))
+        assert large.image.shape == (6, 3, resolution, resolution)
+        assert large.caption == small.caption and torch.equal(large.attributes, small.attributes)
+        reduced = F.interpolate(large.image, (32, 32), mode="bilinear", antialias=True)
+        enlarged = F.interpolate(small.image, (resolution, resolution), mode="bicubic")
+        assert (reduced - small.image).abs().mean() < .05
+        assert (large.image - enlarged).abs().mean() > .01    # drawn, not enlarged
+    edges = (large.image[..., 1:] - large.image[..., :-1]).abs().amax(3).mean()
+    assert edges > (enlarged[..., 1:] - enlarged[..., :-1]).abs().amax(3).mean()    # and sharper
+    assert torch.equal(large.to("cpu", resolution).image, large.image)
 
 
 # ---------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -242,6 +262,149 @@ def test_a_fingerprint_identifies_the_data(tmp_path, glyphs):
     table.write_text(table.read_text().replace('"1.png"', '"one.png"'))
     assert fingerprint(copy) != original
     assert glyphs.fingerprint == "glyphs" and data.Fashion.fingerprint == "fashion"
+
+
+# --------------------------------------------------------------------------------------------------- epochs
+
+def test_an_epoch_has_every_row_once_and_its_own_order():
+    order = EpochOrder(100)
+    epochs = [order.rows(100 * epoch, 100, seed=0) for epoch in range(3)]
+    assert all(sorted(rows) == list(range(100)) for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert order.rows(0, 100, seed=1) != epochs[0]
+    rows = [row for epoch in epochs for row in epoch]
+    assert EpochOrder(100).rows(90, 130, seed=0) == rows[90:220]    # across two borders, in a new process
+    assert EpochOrder(3).rows(2, 2, seed=5) == [order3[0] for order3 in (EpochOrder(3).rows(2, 1, 5),
+                                                                         EpochOrder(3).rows(3, 1, 5))]
+
+
+def test_a_permutation_is_drawn_once_an_epoch(monkeypatch):
+    order, calls = EpochOrder(1000), []
+    monkeypatch.setattr(torch, "randperm", lambda size, randperm=torch.randperm, **options:
+                        calls.append(size) or randperm(size, **options))
+    for position in range(0, 3000, 8):
+        order.rows(position, 8, seed=0)
+    assert calls == [1000] * 3
+
+
+def loading_trainer(dataset, accumulation=1, rank=0, world_size=1, total_steps=9):
+    """What the methods of a Trainer that load batches need."""
+    trainer = SimpleNamespace(
+        dataset=dataset, seed=3, step=0, total_steps=total_steps, num_micro_batches=accumulation * world_size,
+        micro_batch_ids=range(accumulation * rank, accumulation * (rank + 1)),
+        config=SimpleNamespace(gradient_accumulation_steps=accumulation, batch_size=2),
+        model=SimpleNamespace(alpha=torch.zeros(1), resolution=32),
+        prefetch_pool=ThreadPoolExecutor(1), prefetched={})
+    for name in ("next_batches", "load_batches", "data_position", "derive_seed"):
+        setattr(trainer, name, getattr(training_state.TrainingState, name).__get__(trainer))
+    return trainer
+
+
+def test_micro_batches_and_processes_have_all_images_once_an_epoch(tmp_path):
+    dataset = data.build_dataset(str(make_image_folder(tmp_path / "mine", n=24)), random_flip=True)
+    accumulated = loading_trainer(dataset, accumulation=4)
+    processes = [loading_trainer(dataset, accumulation=2, rank=rank, world_size=2) for rank in (0, 1)]
+    captions = []
+    for step in range(6):                                 # of 4 micro-batches of 2 images: two epochs
+        batches = accumulated.load_batches(step)
+        split = [batch for process in processes for batch in process.load_batches(step)]
+        assert all(torch.equal(a.image, b.image) for a, b in zip(batches, split, strict=True))
+        captions += [text for batch in batches for text in batch.caption]
+    for epoch in (captions[:24], captions[24:]):
+        assert sorted(epoch) == sorted(dataset.captions)
+    assert captions[:24] != captions[24:]
+
+
+def test_the_batches_of_fashion_are_those_of_the_published_runs():
+    dataset = data.build_dataset("fashion")
+    trainer = loading_trainer(dataset, accumulation=2)
+    for micro_batch_id, batch in enumerate(trainer.load_batches(5)):
+        digest = hashlib.sha256(repr((3, 5, micro_batch_id, "data")).encode()).digest()
+        expected = dataset.sample_batch(2, seeded(int.from_bytes(digest[:8])))
+        assert torch.equal(batch.image, expected.image)
+
+
+def test_a_few_steps_are_read_in_advance_and_each_has_its_own_batches(glyphs):
+    trainer, loaded = loading_trainer(glyphs), []
+    load_batches = trainer.load_batches
+    trainer.load_batches = lambda step: loaded.append(step) or load_batches(step)
+    for trainer.step in (0, 1, 5, 6, 7, 8):                       # a resumed run jumps
+        batch, = trainer.next_batches()
+        expected, = load_batches(trainer.step)
+        assert torch.equal(batch.image, expected.image) and batch.caption == expected.caption
+        assert len(loaded) <= trainer.step + 1 + training_state.PREFETCH_STEPS
+    trainer.prefetch_pool.shutdown()
+    assert sorted(loaded) == list(range(9))
+
+
+def test_images_for_a_gpu_are_in_pinned_memory(glyphs, monkeypatch):
+    trainer, pinned = loading_trainer(glyphs, accumulation=2), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda image: pinned.append(image.shape) or image)
+    trainer.load_batches(0)
+    assert pinned == []                                           # the model is on the CPU
+    trainer.model = SimpleNamespace(alpha=SimpleNamespace(is_cuda=True))
+    trainer.load_batches(0)
+    assert pinned == [(2, 3, 32, 32)] * 2
+
+
+def test_a_broken_image_is_replaced_wherever_the_run_was_before(tmp_path):
+    path = make_image_folder(tmp_path / "mine", n=120)
+    (path / "7.png").write_bytes(b"no picture")
+    dataset = data.build_dataset(str(path))
+    batches = [dataset.training_batch(position, 8, 0, seeded(position)) for position in range(0, 120, 8)]
+    captions = [text for batch in batches for text in batch.caption]
+    assert len(captions) == 120 and len(set(captions)) == 119 and "a picture 7" not in captions
+    for position in (112, 0):
+        again = data.build_dataset(str(path)).training_batch(position, 8, 0, seeded(position))
+        assert torch.equal(again.image, batches[position // 8].image)
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+@pytest.fixture
+def coordinates(tmp_path):
+    """A folder with one image, 128 wide and 64 high, whose red is the column and whose green is the row."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    columns, rows = torch.meshgrid(torch.arange(128), torch.arange(64), indexing="xy")
+    pixels = torch.stack([columns, rows, torch.zeros_like(rows)], 2).byte().numpy()
+    Image.fromarray(pixels).save(path / "a.png")
+    (path / "a.txt").write_text("coordinates")
+    return str(path)
+
+
+@pytest.mark.parametrize("random_flip", [False, True])
+@pytest.mark.parametrize("random_crop", [False, True])
+def test_flips_and_crops_are_random_and_told_to_the_model(coordinates, random_flip, random_crop):
+    dataset = data.build_dataset(coordinates, 64, random_flip, random_crop)
+    batch = dataset.training_batch(0, 40, 0, seeded())
+    red = ((batch.image[:, 0, 32] + 1) * 127.5).round()           # the column that each pixel came from
+    is_flipped = red[:, 0] > red[:, -1]
+    top, left = batch.micro_cond[:, 2], batch.micro_cond[:, 3].float()
+    assert batch.micro_cond[:, :2].tolist() == [[64, 128]] * 40 and (top == 0).all()
+    # SDXL is told where the square lies in the image as it is seen, flipped or not
+    leftmost = torch.where(is_flipped, 127 - red[:, 0], red[:, 0])
+    assert (leftmost - left).abs().max() <= 1
+    assert (left == 32).all() if not random_crop else len(set(left.tolist())) > 20
+    assert 10 < is_flipped.sum() < 30 if random_flip else not is_flipped.any()
+    assert torch.equal(dataset.training_batch(0, 40, 0, seeded()).image, batch.image)
+    plain = dataset.sample_batch(3).image                         # what is measured is not augmented
+    assert torch.equal(plain, data.build_dataset(coordinates, 64).sample_batch(3).image)
+
+
+def test_flips_of_images_in_memory_and_on_disk_are_equal(coordinates, monkeypatch):
+    cached = data.build_dataset(coordinates, 64, random_flip=True).training_batch(0, 8, 0, seeded())
+    monkeypatch.setattr(captioned_images, "CACHE_BYTES", 0)
+    loaded = data.build_dataset(coordinates, 64, random_flip=True).training_batch(0, 8, 0, seeded())
+    assert torch.equal(cached.image, loaded.image) and torch.equal(cached.micro_cond, loaded.micro_cond)
+
+
+@pytest.mark.parametrize("name", ["glyphs", "fashion"])
+def test_the_embedded_data_sets_are_not_augmented(name):
+    with pytest.raises(ValueError, match="--random-flip is for folders"):
+        data.build_dataset(name, 32, random_flip=True)
+    with pytest.raises(ValueError, match="--random-crop is for folders"):
+        data.build_dataset(name, 32, random_crop=True)
 
 
 # ---------------------------------------------------------------------------------------------- command line

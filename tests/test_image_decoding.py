@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from utils import image_decoding
 
@@ -280,3 +281,33 @@ def test_an_orientation_in_xmp_counts_if_exif_has_none(tmp_path):
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     image.save(tmp_path / "a.jpg", xmp=xmp)
     assert is_black_above_white(image_decoding.load_image(tmp_path / "a.jpg", 64)[0])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch, orientation):
+    """The result is that of the full decoding, up to rounding, with the size of the whole image."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.nn.functional.interpolate(torch.rand(1, 3, 9, 12, generator=generator), (960, 1280),
+                                            mode="bicubic").clamp(0, 1)
+    pixels = (noise[0].permute(1, 2, 0) * 255).byte().numpy()
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    sizes, load = [], JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: sizes.append(image.size) or load(image))
+    fast, micro_cond = image_decoding.load_image(tmp_path / "a.jpg", 64, (1, .5))
+    assert min(min(size) for size in sizes) == 240    # 960 / 4: at least twice the 64 pixels that are wanted
+    monkeypatch.setattr(image_decoding, "draft_jpeg", lambda *args: None)
+    slow, expected = image_decoding.load_image(tmp_path / "a.jpg", 64, (1, .5))
+    assert micro_cond.tolist() == expected.tolist()
+    assert expected.tolist() == ([960, 1280, 0, 21] if orientation == 1 else [1280, 960, 10, 0])
+    assert (fast.float() - slow.float()).abs().mean() < 1
+
+
+def test_bytes_are_read_like_a_file(tmp_path):
+    for format in ("PNG", "JPEG", "WEBP"):
+        path = tmp_path / f"a.{format}"
+        Image.new("RGB", (30, 40), (200, 100, 50)).save(path, format)
+        image, micro_cond = image_decoding.load_image(path.read_bytes(), 16)
+        expected, expected_cond = image_decoding.load_image(path, 16)
+        assert torch.equal(image, expected) and torch.equal(micro_cond, expected_cond)

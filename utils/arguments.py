@@ -9,7 +9,7 @@ def add_sampling_arguments(parser, pretrained_names, model_families):
     """pretrained_names: of the models in weights/. model_families: of the large models."""
     parser.add_argument("models", nargs="*", help=f"{', '.join(pretrained_names)} (pretrained; default: "
                         "all), run folders, weights files")
-    parser.add_argument("--data", help="glyphs, fashion or a folder (default: what the run was trained on)")
+    parser.add_argument("--data", help="as --data of train.py (default: what the run was trained on)")
     parser.add_argument("--model", default="tiny", help=f"of 'base': tiny, {', '.join(model_families)}")
     parser.add_argument("--pretrained", help="large models: diffusers folder or hub id of 'base'")
     parser.add_argument("--resolution", type=int, help="large models: height and width, pixels")

@@ -14,6 +14,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from itertools import count, product
@@ -193,8 +194,8 @@ def choose_split(found, source):
         return found
     split = source.split or ("train" if "train" in found else next(iter(found)))
     if split not in found or (not source.split and split != "train" and len(found) > 1):
-        raise BadInput(f"--data {printable(source.name)} has the splits {name_some(found)}: add one of them, "
-                       f"like {source.location}@{next(iter(found))}")
+        raise BadInput(f"--data {printable(source.name)} has the splits {name_some(list(found))}: add one of "
+                       f"them, like {source.location}@{next(iter(found))}")
     return found[split]
 
 
@@ -202,6 +203,7 @@ def open_source(source):
     """-> TableImages or Stream. ValueError or OSError with a sentence to show."""
     check_library(source.name)
     import datasets
+    datasets.logging.set_verbosity(logging.CRITICAL)    # its errors become the sentence below
     if distributed.get_rank() > 0:
         datasets.disable_progress_bars()
     try:
