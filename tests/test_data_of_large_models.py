@@ -1,0 +1,57 @@
+"""Stable Diffusion (tiny pipelines) trained on every kind of data: glyphs, augmented folders, streams."""
+
+import pytest
+import torch
+from test_hub_data import make_shards
+from tiny_families import RESOLUTION, cache_home, pretrained, setup_run, train_args  # noqa: F401
+
+import train
+from utils import hub_data
+
+SHORT = ["--steps", "2", "--set", "warmup_steps_d=0", "--set", "num_inference_steps=2",
+         "--set", "num_grad_steps=1"]
+
+
+def test_glyphs_are_drawn_at_the_resolution_of_the_model(pretrained, tmp_path):  # noqa: F811
+    trainer = setup_run(pretrained, "sd15", "adt", "--data", "glyphs")
+    assert RESOLUTION != 32 and trainer.dataset.resolution == RESOLUTION
+    drawn, = trainer.load_batches(0)
+    assert drawn.image.shape[-1] == RESOLUTION
+    batch, = trainer.next_batches()
+    assert torch.equal(batch.image, drawn.image) and batch.caption == drawn.caption
+    run_dir = tmp_path / "run"
+    train.main([*train_args(pretrained, "sd15", *SHORT), "--data", "glyphs", "--lora-rank", "4",
+                "--output-dir", str(run_dir)])
+    assert (run_dir / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_sdxl_is_told_where_the_random_crop_lies(pretrained, monkeypatch):  # noqa: F811
+    trainer = setup_run(pretrained, "sdxl", "add", "--random-crop", "--random-flip")
+    batch, = trainer.next_batches()
+    assert (batch.micro_cond[:, 0] == 60).all() and batch.micro_cond[:, 1].min() >= 40
+    assert batch.micro_cond[:, 2].float().std() > 0
+    cond = trainer.model.encode_prompts(batch.caption, batch.micro_cond)
+    time_ids = []
+    forward = type(trainer.model.network).forward
+
+    def record(network, *args, added_cond_kwargs, **kwargs):
+        time_ids.append(added_cond_kwargs["time_ids"])
+        return forward(network, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(type(trainer.model.network), "forward", record)
+    z = trainer.model.encode(batch.image)
+    trainer.model.predict(z, torch.full((len(z),), 9), cond)
+    assert time_ids[0][:, :4].tolist() == batch.micro_cond.tolist()
+    assert (time_ids[0][:, 4:] == RESOLUTION).all()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_stream_trains_a_large_model(pretrained, tmp_path, monkeypatch, name):  # noqa: F811
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(hub_data, "MAP_STYLE_BYTES", -1)
+    folder = make_shards(tmp_path / "shards")
+    run_dir = tmp_path / "run"
+    train.main([*train_args(pretrained, name, *SHORT), "--data", f"{folder}/*.tar", "--lora-rank", "4",
+                "--output-dir", str(run_dir)])
+    train.main(["--resume", str(run_dir), "--steps", "3", "--eval-samples", "0"])
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == 3
