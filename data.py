@@ -1,10 +1,11 @@
-"""Images with captions: glyphs (rendered on the fly), Fashion-MNIST, or a folder of your own.
+"""Images with captions: glyphs (rendered on the fly), Fashion-MNIST, a folder of your own, a hub data set.
 
 A dataset has `attributes` (name -> classes), `vocab` (words of its captions), `split_sizes` and
-sample_batch(n, generator, split) -> Batch with images in [-1, 1]. Glyphs are the default: 32x32 colour images
-of letters, digits and pictograms in the fonts that matplotlib ships, so nothing is downloaded and there is no
-last image. Captions omit attributes at random, as real captions do. Every shape has one foreground colour
-that it never has in the training split; these (shape, foreground) pairs are the split `held_out`.
+sample_batch(n, generator, split) -> Batch with images in [-1, 1]; your own images also have training_batch,
+which counts epochs (utils/captioned_images.py). Glyphs are the default: 32x32 colour images of letters,
+digits and pictograms in matplotlib's fonts, so nothing is downloaded and there is no last image. Captions
+omit attributes at random, as real captions do. Every shape has one foreground colour that it never has in the
+training split; these (shape, foreground) pairs are the split `held_out`.
 
 Look at them:  python data.py --preview glyphs          Read next: models/tiny.py
 """
