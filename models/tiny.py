@@ -16,6 +16,7 @@ from einops import rearrange
 
 from models.denoiser import Denoiser
 from utils.checkpoint import save_weights
+from utils.messages import BadInput
 
 
 def noise_schedule(prediction_type, steps=1000):
@@ -84,7 +85,7 @@ class TinyTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokenize(self, captions):
-        """B strings -> (B, max_length) token ids. ValueError for an unknown word (with the most similar known
+        """B strings -> (B, max_length) token ids. BadInput for an unknown word (with the most similar known
         ones) and for a caption that is too long."""
         token_ids = []
         for caption in captions:
@@ -93,12 +94,12 @@ class TinyTextEncoder(nn.Module):
                 if word not in self.token_to_id:
                     suggestions = (difflib.get_close_matches(word, self.token_to_id, 4, .5)
                                    or sorted(self.token_to_id)[:8])
-                    raise ValueError(f"the tiny text encoder does not know the word '{word[:40]}' "
-                                     f"(in '{caption[:80]}'): it knows {len(self.token_to_id)} words, "
-                                     f"the nearest are {', '.join(suggestions)}")
+                    raise BadInput(f"the tiny text encoder does not know the word '{word[:40]}' "
+                                   f"(in '{caption[:80]}'): it knows {len(self.token_to_id)} words, "
+                                   f"the nearest are {', '.join(suggestions)}")
             if len(words) >= self.max_length:
-                raise ValueError(f"a caption may have {self.max_length - 1} words at most, not {len(words)}: "
-                                 f"'{caption[:80]}'")
+                raise BadInput(f"a caption may have {self.max_length - 1} words at most, not {len(words)}: "
+                               f"'{caption[:80]}'")
             padding = [0] * (self.max_length - 1 - len(words))
             token_ids.append([1] + [self.token_to_id[word] for word in words] + padding)
         return torch.tensor(token_ids, device=self.token_embed.weight.device)

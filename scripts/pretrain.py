@@ -258,7 +258,9 @@ def pretrain(args, stop_requests):
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: a network needs at least one step")
     dataset = data.build_dataset(args.data)
-    output_dir = Path(args.output_dir or Path("runs", f"pretrain-{dataset.name}"))
+    if isinstance(dataset, data.StreamedImages):
+        raise ValueError(f"--data {args.data} is streamed, its words are not known: name a smaller data set")
+    output_dir = Path(args.output_dir or Path("runs", f"pretrain-{dataset.name.replace('/', '-')}"))
     names = [name for name in RECIPES if args.network in (None, name)]
     TinyTextEncoder(dataset.vocab).tokenize(dataset.all_captions)      # ValueError for a caption too long
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -395,8 +395,8 @@ def trained_weights(tmp_path_factory):
 
 def test_a_run_on_a_stream_resumes_to_the_bit(tmp_path, monkeypatch, streaming, trained_weights):
     folder = make_shards(tmp_path / "mine")
-    args = ["--data", str(folder), "--pretrained", trained_weights, "--random-flip", "--random-crop",
-            "--set", "gradient_accumulation_steps=2", "--steps", "4"]
+    args = ["--method", "diffusion", "--data", str(folder), "--pretrained", trained_weights, "--random-flip",
+            "--random-crop", "--set", "gradient_accumulation_steps=2", "--steps", "4"]
     whole = train_run(tmp_path / "whole", *args)
     train_step = train.Trainer.train_step
 
@@ -417,3 +417,22 @@ def test_a_run_on_a_stream_resumes_to_the_bit(tmp_path, monkeypatch, streaming, 
         assert torch.equal(first, second)
     run_config = json.loads((part / "config.json").read_text())
     assert run_config["random_flip"] is run_config["random_crop"] is True
+
+
+def test_a_word_that_a_stream_brings_and_the_tiny_model_does_not_know_is_a_sentence(tmp_path, streaming,
+                                                                                    trained_weights, capsys):
+    def files(i):
+        return {"png": png_bytes(SHADES[i]), "txt": b"shade zebra"}
+
+    folder = make_shards(tmp_path / "mine", files=files)
+    with pytest.raises(SystemExit) as stop:
+        train_run(tmp_path / "run", "--data", str(folder), "--pretrained", trained_weights, "--steps", "2")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "does not know the word 'zebra'" in error and "Traceback" not in error
+
+
+def test_the_words_of_a_stream_are_not_known_beforehand(tmp_path, streaming, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main(["--data", str(make_shards(tmp_path / "mine")), "--output-dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "is streamed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
