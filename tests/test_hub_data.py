@@ -107,7 +107,7 @@ def saved_splits(path):
 
 def shards_in_sub_folders(path):
     (path / "mine").mkdir()
-    make_shards(path / "mine" / "sub")
+    make_shards(path / "mine" / "sub [1] {0..1}")
     return path / "mine"
 
 

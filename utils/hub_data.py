@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """What a name of a data set means."""
     name: str                          # as typed
     kind: str                          # hub, folder (of tables) or shards (.tar)
-    location: str                      # a hub id, a folder, or a pattern of file names
+    location: str                      # a hub id, a folder, or for shards also a pattern of file names
     config: str | None = None          # of a hub data set that has several
     split: str | None = None
     columns: tuple = ()                # image and caption, if the name gives them
@@ -54,8 +54,7 @@ def parse_source(name):
     are no data set. Opens no file."""
     if Path(name).is_dir():
         kind = kind_of_folder(name)
-        location = str(Path(name, "**", "*.tar")) if kind == "shards" else name
-        return None if kind is None else Source(name, kind, location)
+        return None if kind is None else Source(name, kind, name)
     base, _, columns = name.partition("#")
     columns = tuple(columns.split(",")) if columns else ()
     if columns and len(columns) != 2:
@@ -105,8 +104,10 @@ def expand_braces(pattern):
 def list_shards(source):
     """-> sorted paths of the .tar files that a pattern means. BadInput if there is none, or if one of those
     that braces name is missing."""
-    patterns, paths = expand_braces(source.location), []
-    for pattern in patterns:
+    if Path(source.location).is_dir():
+        return sorted(os.path.abspath(path) for path in Path(source.location).rglob("*.tar"))
+    paths = []
+    for pattern in expand_braces(source.location):
         found = sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise BadInput(f"--data {printable(source.name)}: there is no file {printable(pattern)}")
@@ -180,7 +181,8 @@ def load_local(datasets, source):
     version = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]
     is_stream = sum(sizes) > MAP_STYLE_BYTES
     if source.kind == "shards":
-        return datasets.load_dataset("webdataset", data_files={"train": paths}, streaming=is_stream), version
+        data_files = {"train": [glob.escape(path) for path in paths]}
+        return datasets.load_dataset("webdataset", data_files=data_files, streaming=is_stream), version
     if {"dataset_dict.json", "state.json"} & set(names):    # written by save_to_disk
         return datasets.load_from_disk(source.location), version
     return datasets.load_dataset(source.location, streaming=is_stream), version
