@@ -9,6 +9,7 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
+from test_hub_data import hub as hub_double
 from tiny_families import (
     RESOLUTION,
     build_model,
@@ -21,10 +22,11 @@ from tiny_families import (
 
 import add
 import adt
+import data
 import train
-from models import families, hub, loading, pipelines, preflight
+from models import backbones, families, hub, loading, pipelines, preflight
 from scripts import tiny_pipelines
-from utils import cli, config, distributed
+from utils import cli, config, precision
 
 SHORT = ["--set", "num_inference_steps=2", "--set", "num_grad_steps=1", "--set", "warmup_steps_d=0"]
 GIB = 2 ** 30
@@ -226,7 +228,9 @@ def finished(pretrained, tmp_path_factory):
     import io
     from contextlib import redirect_stdout
     run_dir, printed = tmp_path_factory.mktemp("run") / "run", io.StringIO()
-    with redirect_stdout(printed):
+    with pytest.MonkeyPatch.context() as patches, redirect_stdout(printed):
+        patches.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patches.setattr(precision, "default_precision", lambda: "fp32")
         default_run(pretrained, run_dir, "--eval-every", "1", "--keep-checkpoints", "1", "--report-to",
                     "tensorboard", "--validation-prompt", "a red fox", "--set", "batch_size=1",
                     "--lora-rank", "4")
@@ -288,6 +292,40 @@ def test_lora_files_in_both_formats_give_the_same_image(finished, pretrained):
     assert all(name.startswith("lora_unet_") for name in state)
     assert {name.rsplit(".", 1)[1] for name in state} == {"weight", "alpha"}
     assert all(value == 4 for name, value in state.items() if name.endswith("alpha"))
+
+
+def test_the_command_as_its_user_types_it(hub_double, pretrained, tmp_path, monkeypatch, capsys):
+    """`python train.py --method adt --model sd15`, with stand-ins for the GPU and for what is downloaded: the
+    pipeline, DINOv2 and the default data set. Nothing else is said but the length of the run and its path."""
+    load_pipeline, asked = pipelines.load_pipeline, []
+
+    def from_hub(pipeline_cls, source, **options):
+        asked.append(source)
+        return load_pipeline(pipeline_cls, pretrained / "sd15", **options)
+    load_network = backbones.load_transformers
+
+    def network_from_hub(class_name, source, *args, **options):
+        asked.append(source)
+        return load_network(class_name, str(pretrained / "dino"), *args, **options)
+    monkeypatch.setattr(preflight, "check_machine", lambda *_: None)
+    monkeypatch.setattr(hub, "remote_model_index", lambda _: {"_class_name": "StableDiffusionPipeline"})
+    monkeypatch.setattr(pipelines, "load_pipeline", from_hub)
+    monkeypatch.setattr(backbones, "load_transformers", network_from_hub)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--method", "adt", "--model", "sd15", "--steps", "2", *SHORT])
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5", "facebook/dinov2-small"]
+    assert [call[0] for call in hub_double["calls"]] == [data.DEFAULT_HUB_DATASET]
+    printed = capsys.readouterr().out
+    assert data.default_dataset_message() in printed
+    assert "LoRA adapters of rank 128" in printed
+    run_dir, = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("adt-sd15-naruto-blip-captions")
+    card = (run_dir / "README.md").read_text()
+    assert "base_model: stable-diffusion-v1-5/stable-diffusion-v1-5" in card
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pretrained / "sd15")
+    pipe.load_lora_weights(run_dir)
+    train.main(["--resume", str(run_dir), "--steps", "3"])
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_wandb_gets_losses_and_samples(monkeypatch, tmp_path):
