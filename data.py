@@ -35,6 +35,7 @@ from utils import distributed, hub_data, image_folder
 from utils.batch import Batch, check_split
 from utils.captioned_images import CaptionedImages, StreamedImages
 from utils.checkpoint import atomic_write, cache_dir
+from utils.failures import clear_exit
 from utils.glyph_fonts import LETTERS, PICTOGRAMS, glyph_mask, shape_name
 from utils.messages import print_message, printable
 from utils.shuffling import shuffled_forever
@@ -339,12 +340,8 @@ def main(argv=None):
     parser.add_argument("--output", help="the PNG to write (default: the data set's name + .png)")
     parser.add_argument("--seed", type=int, default=0, help="which images")
     args = parser.parse_args(argv)
-    try:
+    with clear_exit(parser, "data.py"):
         preview(args)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ndata.py: stopped, no contact sheet was written\n")
 
 
 if __name__ == "__main__":

@@ -57,15 +57,6 @@ def load_eval_classifier(dataset_name, weights_dir=None):
     return load_frozen(EvalClassifier, weights_path("eval_classifier", dataset_name, weights_dir))
 
 
-def default_resolution(model_name):
-    """The side of a model's images in pixels if none is requested."""
-    if model_name == "tiny":
-        return TinyDenoiser.resolution
-    if model_name not in MODEL_FAMILIES:
-        raise ValueError(f"unknown model '{model_name}': wanted tiny, {', '.join(MODEL_FAMILIES)}")
-    return MODEL_FAMILIES[model_name][3]
-
-
 def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_path=None,
                max_resolution=None):
     """-> a Denoiser whose `network` is trainable and everything else frozen, with its file's `metadata`.
@@ -74,9 +65,11 @@ def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_p
     sd15, sdxl, sd3: a diffusers folder, a run folder or a hub id (default: the model's public one)."""
     if model_name in MODEL_FAMILIES:
         return load_denoiser(model_name, pretrained, resolution, vae_path, max_resolution)
-    expected = default_resolution(model_name)
-    if (resolution or expected) != expected:
-        raise ValueError(f"--resolution {resolution}: the tiny model's images have {expected} pixels a side")
+    if model_name != "tiny":
+        raise ValueError(f"unknown model '{model_name}': wanted tiny, {', '.join(MODEL_FAMILIES)}")
+    if (resolution or TinyDenoiser.resolution) != TinyDenoiser.resolution:
+        raise ValueError(f"--resolution {resolution}: the tiny model's images have {TinyDenoiser.resolution} "
+                         "pixels a side")
     if pretrained and not Path(pretrained).exists():
         raise FileNotFoundError(f"--pretrained {pretrained}: no such file or folder")
     path = Path(pretrained or WEIGHTS_DIR / dataset_name)

@@ -29,6 +29,7 @@ from models.tiny import TinyDenoiser, TinyTextEncoder
 from utils import checkpoint
 from utils.failures import RunFailed, clear_exit
 from utils.precision import autocast
+from utils.training_state import ramped_ema_decay
 
 SAVE_EVERY_S = 60
 
@@ -193,7 +194,7 @@ def train_network(name, dataset, recipe, output_dir, prediction_type, stop_reque
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.)
         optimizer.step()
-        decay = min(recipe.ema_decay, (step + 1) / (step + 10))
+        decay = ramped_ema_decay(recipe.ema_decay, step)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
@@ -208,7 +209,8 @@ def train_network(name, dataset, recipe, output_dir, prediction_type, stop_reque
             save_state(state_path, network, ema, optimizer, step + 1, seconds, metadata)
             save_network(output_dir / f"{name}.safetensors", ema, steps=step + 1,
                          minutes=round(seconds / 60, 1), batch_size=recipe.batch_size,
-                         threads=torch.get_num_threads(), data=dataset.name, **metadata)
+                         threads=torch.get_num_threads(), data=dataset.name,
+                         fingerprint=dataset.fingerprint, **metadata)
         if stop_requests:
             return step + 1
     return recipe.steps
@@ -230,8 +232,15 @@ def parse_args(argv):
     return parser, parser.parse_args(argv)
 
 
-def check_output(names, output_dir, overwrite):
-    """ValueError if a finished network would be replaced; with overwrite, remove old states instead."""
+def check_output(names, dataset, output_dir, overwrite):
+    """ValueError if the folder holds networks of other data, or if a finished network would be replaced; with
+    overwrite, remove old states instead."""
+    own, kept = dataset.fingerprint, [] if overwrite else names
+    for name in [name for name in RECIPES if name in kept or name not in names]:
+        path = output_dir / f"{name}.safetensors"
+        if path.is_file() and checkpoint.load_weights(path)[1].get("fingerprint", own) != own:
+            raise ValueError(f"{path} was trained on other images or captions than '{dataset.name}' has now: "
+                             "--output-dir names another folder, --overwrite without --network starts again")
     for name in names:
         state_path = output_dir / f"{name}.state"
         if overwrite:
@@ -265,7 +274,7 @@ def pretrain(args, stop_requests):
     TinyTextEncoder(dataset.vocab).tokenize(dataset.all_captions)      # ValueError for a caption too long
     output_dir.mkdir(parents=True, exist_ok=True)
     with checkpoint.lock_run_dir(output_dir):
-        check_output(names, output_dir, args.overwrite)
+        check_output(names, dataset, output_dir, args.overwrite)
         for name in names:
             recipe = RECIPES[name].get(args.data, RECIPES[name]["fashion"])
             recipe = replace(recipe, steps=args.steps or recipe.steps)

@@ -24,6 +24,7 @@ from models.loading import MODEL_FAMILIES
 from models.named import load_named_models
 from utils import arguments, distributed, plotting
 from utils.checkpoint import atomic_write_text
+from utils.failures import clear_exit
 
 QUESTIONS = ("quality", "prompt")
 BOOTSTRAP_SAMPLES = 1000
@@ -197,7 +198,7 @@ def check_args(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    try:
+    with clear_exit(parser, "user_study.py"):
         check_args(args)
         if args.count:
             votes = read_votes(args.count)
@@ -207,10 +208,6 @@ def main(argv=None):
             num_pairs = write_page(args)
             print(f"wrote {args.output}: {num_pairs} pairs of images. Open it in a browser, vote, save the "
                   "votes, then: python -m scripts.user_study --count votes-*.json")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"user_study: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nuser_study: stopped, nothing was written\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import train  # noqa: E402
 from models import loading  # noqa: E402
 from models.denoiser import Denoiser  # noqa: E402
 from models.tiny import noise_schedule  # noqa: E402
+from utils import precision  # noqa: E402
 
 DISCRIMINATORS = ["similarity", "asymmetric", "difference", "relativistic", "projected"]  # ADT's
 
@@ -196,3 +197,18 @@ def add_setup(tiny_setup):
     model, similarity_disc, batch = tiny_setup
     disc = add.Config().build_discriminator(similarity_disc.backbone, 128)
     return model, model.frozen_copy(), disc, batch
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A folder with tiny pipelines sd15, sdxl and sd3, a DINOv2 (dino), and three captioned images."""
+    from tiny_families import make_pretrained  # it imports diffusers
+    return make_pretrained(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    """An empty cache folder, and fp32 instead of autocast."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(precision, "default_precision", lambda: "fp32")
+    return tmp_path / "cache"

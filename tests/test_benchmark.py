@@ -1,5 +1,4 @@
 """The benchmark's arithmetic: operations and bytes of a layer, the calls of a step, the recipes."""
-# ruff: noqa: F811, F401
 
 import json
 from contextlib import ExitStack
@@ -7,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import cache_home, pretrained, setup_run
+from tiny_families import setup_run
 
 from scripts import benchmark, memory_of_large_models
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def test_a_matrix_product_has_the_operations_and_bytes_of_the_textbook():

@@ -1,6 +1,5 @@
 """What a run leaves: a pipeline or LoRA file, a scheduler and a model card with which plain diffusers samples
 the same images as this project."""
-# ruff: noqa: F811, F401
 
 import json
 import os
@@ -15,9 +14,7 @@ from tiny_families import (
     FAMILIES,
     RESOLUTION,
     build_model,
-    cache_home,
     initial_noise,
-    pretrained,
 )
 
 import evaluate
@@ -27,6 +24,8 @@ from models import export, loading
 from models.denoiser import Denoiser
 from models.stable_diffusion import schedule_from_diffusers
 from scripts import tiny_pipelines
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 SCALED_LINEAR = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
 ADT, ADD = [(10, {"guidance_scale": 7.5})], [(1, {"stochasticity": 1.}), (4, {"stochasticity": 1.})]

@@ -1,5 +1,4 @@
 """What goes wrong only with large images, in half precision, in many processes, or with odd checkpoints."""
-# ruff: noqa: F811, F401
 
 import json
 import shutil
@@ -13,8 +12,6 @@ from tiny_families import (
     FAMILIES,
     RESOLUTION,
     build_model,
-    cache_home,
-    pretrained,
     setup_run,
     train_args,
     trainable,
@@ -25,6 +22,8 @@ import train
 from models import loading
 from scripts import tiny_pipelines
 from utils import distributed
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 CONFIGS = [(10, {})]
 SHORT_PATH = ["--set", "num_inference_steps=2"]

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_data import make_image_folder
 
 from conftest import ROOT
 from models.backbones import TinyCNN
@@ -84,6 +85,29 @@ def test_a_state_of_another_prediction_type_is_refused(tmp_path, small, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.main([*args, "--prediction-type", "v"])
     assert stop.value.code == 2 and "another data set or prediction type" in capsys.readouterr().err
+
+
+def test_networks_of_another_folder_with_the_same_name_are_not_continued(tmp_path, monkeypatch, capsys):
+    """Both have the same default folder of results."""
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for name, n in (("a", 8), ("b", 9)):
+        (tmp_path / name).mkdir()
+        folders.append(str(make_image_folder(tmp_path / name / "pics", n)))
+    args = ["--steps", "1", "--data"]
+    pretrain.main([*args, folders[0], "--network", "cnn"])
+    weights = tmp_path / "runs" / "pretrain-pics" / "cnn.safetensors"
+    before = weights.read_bytes()
+    for more in (["--network", "cnn"], ["--network", "backbone"], ["--network", "backbone", "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            pretrain.main([*args, folders[1], *more])
+        assert stop.value.code == 2
+        assert f"{weights.relative_to(tmp_path)} was trained on other images" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+    pretrain.main([*args, folders[0], "--network", "cnn"])             # its own data: nothing left to do
+    assert weights.read_bytes() == before
+    pretrain.main([*args, folders[1], "--network", "cnn", "--overwrite"])
+    assert weights.read_bytes() != before
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():

@@ -1,5 +1,4 @@
 """Text encodings: computed once, kept on disk, and shared only by models that would compute the same."""
-# ruff: noqa: F811, F401
 
 import json
 import os
@@ -13,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import CAPTIONS, FAMILIES, RESOLUTION, build_model, cache_home, pretrained
+from tiny_families import CAPTIONS, FAMILIES, RESOLUTION, build_model
 
 from conftest import ROOT
 from models import loading, prompt_cache
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 STRANGE_CAPTIONS = ["", "  \t ", "cat " * 2500, "c" * 10000, "a 🐈‍⬛ on a 🛋️", "قطة على أريكة",
                     "c" + "\u0301" * 300, "a\x00cat", "<script>alert(1)</script>", "../../etc/passwd"]

@@ -1,10 +1,9 @@
 """DINOv2 as a backbone, and the metrics that need public networks: tiny CLIP, DINOv2 and aesthetics models in
 their places."""
-# ruff: noqa: F811, F401
 
 import pytest
 import torch
-from tiny_families import RESOLUTION, cache_home, make_images, pretrained
+from tiny_families import RESOLUTION, make_images
 
 import data
 import discriminator
@@ -13,6 +12,8 @@ import train
 from models import loading
 from scripts import tiny_pipelines
 from utils import metrics
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 # --------------------------------------------------------------------------------------------------- DINOv2
 

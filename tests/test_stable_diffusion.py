@@ -1,6 +1,5 @@
 """Stable Diffusion 1.5, XL and 3 in the training loop, and beside the plain diffusers pipelines: the real
 classes with few and random weights. Nothing is downloaded."""
-# ruff: noqa: F811, F401
 
 import hashlib
 import itertools
@@ -15,9 +14,7 @@ from tiny_families import (
     FAMILIES,
     RESOLUTION,
     build_model,
-    cache_home,
     initial_noise,
-    pretrained,
     sample_pipeline,
     setup_run,
     train_args,
@@ -35,6 +32,8 @@ import train
 from models import families, loading, pipelines, stable_diffusion
 from scripts import tiny_pipelines
 from utils import checkpoint
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def lora_args(rank):

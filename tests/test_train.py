@@ -1,6 +1,8 @@
 """train.py: what a run writes, the gradients of each half of a step, and what is said about bad input."""
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -411,6 +413,15 @@ def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
     assert stop.value.code == 2
     assert "is not a run of train.py" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["dear.txt"]
+
+
+def test_a_run_folder_with_any_name_can_be_printed(tmp_path, monkeypatch):
+    """stdout's encoding may lack its characters, as with PYTHONIOENCODING=cp1252."""
+    stdout = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding="cp1252", errors="strict"))
+    train_run(tmp_path / "\u56fe", "--steps", "1")
+    sys.stdout.flush()
+    assert r"\u56fe    measure it" in stdout.getvalue().decode("cp1252")
 
 
 def test_run_folder_names_are_short_and_have_no_slashes():

@@ -1,17 +1,15 @@
-"""Fixtures for tests of the large models: tiny pipelines of the real classes, a folder of images, an empty
-cache of text encodings. Test modules import them."""
+"""What tests of the large models share: tiny pipelines of the real classes, a folder of images, short runs.
+Their fixtures, `pretrained` and `cache_home`, are in conftest.py."""
 
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 
 import train
 from models import loading
 from scripts import tiny_pipelines
-from utils import precision
 
 FAMILIES = "sd15", "sdxl", "sd3"
 RESOLUTION = tiny_pipelines.RESOLUTION
@@ -29,23 +27,13 @@ def make_images(folder, n=3):
     return folder
 
 
-@pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
-    """A folder with sd15, sdxl, sd3, dino, and images."""
-    folder = tmp_path_factory.mktemp("pretrained")
+def make_pretrained(folder):
+    """sd15, sdxl, sd3, dino and images in a folder -> folder."""
     for name in FAMILIES:
         tiny_pipelines.make_pipeline(name, folder)
     tiny_pipelines.make_dino(folder / "dino")
     make_images(folder / "images")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def cache_home(tmp_path, monkeypatch):
-    """An empty cache folder, and fp32 instead of autocast."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(precision, "default_precision", lambda: "fp32")
-    return tmp_path / "cache"
 
 
 def build_model(pretrained, name, rank=0):

@@ -381,8 +381,3 @@ def defer_signals():
     finally:
         for number, old_handler in old_handlers.items():
             signal.signal(number, old_handler)
-
-
-def exit_code_of(stop_requests):
-    """130 after Ctrl-C, 143 after SIGTERM, as shells have it: a run that was stopped has not succeeded."""
-    return 128 + (stop_requests[0][0] if stop_requests else signal.SIGINT)

@@ -9,6 +9,7 @@ keeps its traceback. In the training loop only BadInput and OSError are; others 
 
 import os
 import signal
+import sys
 from contextlib import contextmanager, suppress
 
 import torch
@@ -52,6 +53,8 @@ def clear_exit(parser, program):
         newline = "" if code == 2 else "\n"                           # a progress bar may end in mid-line
         parser.exit(code, f"{newline}{program}: {printable(message)}\n" if is_shown else "")
 
+    if hasattr(sys.stdout, "reconfigure"):                             # a StringIO takes any text
+        sys.stdout.reconfigure(errors="backslashreplace")              # like stderr: any path can be printed
     if os.environ.get("DEBUG") == "1":
         yield
         return

@@ -135,9 +135,7 @@ class TrainingState:
 
     @torch.no_grad()
     def update_ema(self):
-        """EMA with a short memory at first: the decay of update k is at most (k + 1) / (k + 10)."""
-        num_g_updates = self.step - self.warmup_steps_d
-        decay = min(self.config.ema_decay, (num_g_updates + 1) / (num_g_updates + 10))
+        decay = ramped_ema_decay(self.config.ema_decay, self.step - self.warmup_steps_d)
         torch._foreach_lerp_(self.ema_params, self.g_params, 1 - decay)
 
     @contextmanager
@@ -258,6 +256,11 @@ def make_optimizer(kind, params, lr, betas):
         raise ValueError("optimizer=adamw8bit: the package is not installed: pip install bitsandbytes"
                          ) from None
     return AdamW8bit(params, lr, betas, weight_decay=0.)
+
+
+def ramped_ema_decay(ema_decay, num_updates):
+    """The EMA's decay after num_updates updates. Its memory is short at first: at most (k + 1) / (k + 10)."""
+    return min(ema_decay, (num_updates + 1) / (num_updates + 10))
 
 
 def prepare_networks(model, run_config, needs_teacher, random_init):
