@@ -1,5 +1,7 @@
 """What all tests share: the import path, one thread per test process, a small denoiser, and short runs."""
 
+import functools
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ import train  # noqa: E402
 from models import loading  # noqa: E402
 from models.denoiser import Denoiser  # noqa: E402
 from models.tiny import noise_schedule  # noqa: E402
-from utils import precision  # noqa: E402
+from utils import plotting, precision  # noqa: E402
 
 DISCRIMINATORS = ["similarity", "asymmetric", "difference", "relativistic", "projected"]  # ADT's
 
@@ -165,6 +167,50 @@ def train_run(out, *args):
 
 
 # ---------------------------------------------------------------------------------------------- fixtures
+
+def cached_whitening(fit_whitening):
+    """fit_whitening, which computes the statistics of the same network and images once in a process."""
+    statistics = {}
+
+    def fit(backbone, batches, **kwargs):
+        batches = list(batches)
+        tensors = [*backbone.network.state_dict().values(), *backbone.network.buffers(), *batches]
+        digest = hashlib.sha256(repr((backbone.layers, kwargs)).encode())
+        for tensor in tensors:
+            digest.update(tensor.float().numpy().tobytes())
+        key = digest.digest()
+        if key not in statistics:
+            fit_whitening(backbone, batches, **kwargs)
+            statistics[key] = {name: buffer.clone() for name, buffer in backbone.named_buffers(recurse=False)}
+        for name, buffer in statistics[key].items():
+            setattr(backbone, name, buffer.clone())
+
+    return fit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def constants_computed_once():
+    """Every short run would render the same glyphs and whiten the same features: three seconds of four."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(data, "glyph_mask", functools.cache(data.glyph_mask))
+    patch.setattr(discriminator.FrozenBackbone, "fit_whitening",
+                  cached_whitening(discriminator.FrozenBackbone.fit_whitening))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Runs write empty files in place of curves and sample grids, which take longer than their steps."""
+    monkeypatch.setattr(plotting, "plot_training_curves", lambda log, path: path.touch())
+    monkeypatch.setattr(plotting, "save_image_grid", lambda rows, path, *_, **__: path.touch())
+
+
+@pytest.fixture(scope="session")
+def adt_run(tmp_path_factory):
+    """The folder of a finished run of ADT, two steps. Tests copy it before they change it."""
+    return train_run(tmp_path_factory.mktemp("adt") / "run", "--steps", "2")
+
 
 @pytest.fixture(scope="session")
 def glyphs():

@@ -5,16 +5,20 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tokenize
-from pathlib import Path
 
 import pytest
 
+import data
+import evaluate
+import train
 from conftest import ROOT
 from scripts import make_equation_map, make_figures
+from utils import config as settings
 from utils.plotting import aggregate_seeds, metrics_table
 
 CONCEPTS = {"adt", "add", "discriminator", "sampler", "losses", "data", "train", "evaluate"}
@@ -184,14 +188,8 @@ def test_links_of_the_pages_lead_somewhere():
 
 # ------------------------------------------------------------------------------------------------- commands
 
-COMMAND_RE = re.compile(r"(?:python|torchrun [^#]*?) (?:-m scripts\.\w+|\w+\.py)")
-# arguments that make a command short; of an option that occurs twice the last one counts
-SHORT_ARGS = {
-    "evaluate.py": "--eval-samples 200 --steps 2,3", "data.py": "",
-    "scripts.pretrain": "--steps 1", "scripts.make_figures": "--tables-only",
-    "scripts.run_study": "--steps 2 --seeds 1 --eval-samples 200 --max-rows 3",
-    "scripts.benchmark": "start --output benchmark.md", "scripts.make_equation_map": "",
-}
+COMMAND_RE = re.compile(r"(?:python|torchrun [^#]*?) (-m scripts\.\w+|\w+\.py)")
+PROGRAMS = {"train.py": train, "evaluate.py": evaluate, "data.py": data}
 
 
 def commands():
@@ -201,53 +199,70 @@ def commands():
     return [line for line in dict.fromkeys(lines) if COMMAND_RE.match(line)]
 
 
-def short_train_args(arguments):
-    """A short run in the folder that the command itself would have used, so that later commands find it."""
-    if arguments == ["--set", "help"]:
+def split_command(command):
+    """-> what starts the program, the program, its arguments."""
+    match = COMMAND_RE.match(command)
+    return command[:match.start(1)].split(), match[1], shlex.split(command[match.end(1):])
+
+
+def short_arguments(program, arguments):
+    """Arguments to append, so that the command takes seconds; of an option that occurs twice the last one
+    counts. A run of train.py gets a new folder."""
+    if program == "evaluate.py":
+        return ["--eval-samples", "200", "--steps", "1", "--output", "new.png"]
+    if program != "train.py" or "help" in arguments:
         return []
-    values = {name: [value for option, value in zip(arguments, arguments[1:]) if option == name]
-              for name in ("--method", "--data", "--set", "--resume", "--output-dir")}
-    if values["--resume"]:
-        return ["--steps", "4", "--eval-samples", "200"]
-    method = (values["--method"] or ["adt"])[0]
-    short = ["--steps", "3", "--eval-samples", "200", "--set", "batch_size=2"]
-    if method != "add":
-        short += ["--set", "num_inference_steps=2"]
-    if not values["--output-dir"]:
-        parts = [method, (values["--data"] or ["glyphs"])[0], *values["--set"], "seed0"]
-        short += ["--output-dir", f"runs/{'-'.join(parts)}"]
-    return short
-
-
-def shorten(command):
-    """The command with arguments appended that make it short."""
-    program, _, arguments = re.split(r"(train\.py|evaluate\.py|data\.py|scripts\.\w+)", command, maxsplit=1)
-    name = command[len(program):len(command) - len(arguments)]
-    short = short_train_args(arguments.split()) if name == "train.py" else SHORT_ARGS[name].split()
-    return " ".join([command, *short])
+    short = ["--steps", "2", "--eval-samples", "0", "--set", "batch_size=2"]
+    if "--resume" in arguments:
+        return short[:4]
+    if "add" not in arguments:
+        short += ["--set", "num_inference_steps=1", "--set", "num_grad_steps=1"]
+    return [*short, "--output-dir", "new-run", "--overwrite"]
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A copy of what a user has. Later commands find the runs of earlier ones."""
+def clone(tmp_path_factory, adt_run):
+    """A copy of what a user has, with the run that the pages' later commands name."""
     copy = tmp_path_factory.mktemp("clone")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
     for folder in (*PACKAGES, "weights", "results", "docs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.state", "__pycache__"))
     shutil.copy(ROOT / "README.md", copy)
+    shutil.copytree(adt_run, copy / "runs" / "adt-glyphs-seed0")
     return copy
 
 
 def test_the_readme_has_commands():
-    names = {Path(word).name for command in commands() for word in command.split() if word.endswith(".py")}
-    assert {"train.py", "evaluate.py", "data.py"} <= names
+    assert {split_command(command)[1] for command in commands()} >= {"train.py", "evaluate.py", "data.py"}
+
+
+def test_the_run_folders_that_the_pages_name_are_those_of_their_commands():
+    """A command that reads a run comes after the one whose default folder it is."""
+    made = set()
+    for _, program, arguments in map(split_command, commands()):
+        named = {argument for argument in arguments if argument.startswith("runs/")}
+        if program == "train.py" and not named and "help" not in arguments:
+            args = train.parse_args(arguments)[1]
+            made.add(str(settings.resolve_run_config(args, train.METHODS, train.MODELS)[1]))
+        assert named <= made
+    assert made
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command_of_the_pages_runs(clone, command):
-    shell = shorten(command).replace("torchrun ", "python -m torch.distributed.run ")
-    shell = shell.replace("python ", f"{sys.executable} ")
-    result = subprocess.run(["bash", "-ec", shell], cwd=clone, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, f"{shell}\n{result.stderr[-2000:]}"
+def test_command_of_the_pages_runs(clone, monkeypatch, command):
+    """train.py with two processes, to the table at its end, and evaluate.py once as programs in the copy;
+    the others in this process."""
+    start, program, arguments = split_command(command)
+    short = short_arguments(program, arguments)
+    if start[0] == "python" and program in PROGRAMS and "--prompt" not in arguments:
+        monkeypatch.chdir(clone)
+        PROGRAMS[program].main([*arguments, *short])
+        return
+    if start[0] == "torchrun":
+        start[:1] = ["python", "-m", "torch.distributed.run"]
+        short += ["--eval-samples", "200"]
+    result = subprocess.run([sys.executable, *start[1:], *program.split(), *arguments, *short], cwd=clone,
+                            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, f"{command} {shlex.join(short)}\n{result.stderr[-2000:]}"
+    assert program != "train.py" or (clone / "new-run" / "table.md").is_file()
