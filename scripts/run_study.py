@@ -232,7 +232,10 @@ def parse_args(argv):
     return parser, parser.parse_args(argv)
 
 
-def check_args(args):
+def check_args(args, output_dir):
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output-dir {output_dir}: wanted a folder, {existing} is a file")
     for name in ("seeds", "steps", "max_rows", "eval_samples"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -244,7 +247,7 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     command = shlex.join(["python", "-m", "scripts.run_study", *(sys.argv[1:] if argv is None else argv)])
     with clear_exit(parser, "run_study.py"):
-        check_args(args)
+        check_args(args, output_dir)
         dataset = data.build_dataset(args.data)
         evaluator = Evaluator(dataset, args.eval_samples)
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -166,6 +167,11 @@ def train_run(out, *args):
     return out
 
 
+def copy_run(run_dir, target):
+    """A copy of a finished run, which a test may resume or damage -> target."""
+    return Path(shutil.copytree(run_dir, target))
+
+
 # ---------------------------------------------------------------------------------------------- fixtures
 
 def cached_whitening(fit_whitening):
@@ -208,7 +214,7 @@ def no_drawing(monkeypatch):
 
 @pytest.fixture(scope="session")
 def adt_run(tmp_path_factory):
-    """The folder of a finished run of ADT, two steps. Tests copy it before they change it."""
+    """The folder of a finished run of ADT on glyphs, two steps, seed 0. Tests copy it to change it."""
     return train_run(tmp_path_factory.mktemp("adt") / "run", "--steps", "2")
 
 

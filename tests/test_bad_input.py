@@ -396,6 +396,12 @@ def snapshot():
             if not ignored & set(path.relative_to(ROOT).parts)}
 
 
+@pytest.fixture
+def finished_runs(adt_run):
+    FINISHED_RUNS["adt"] = adt_run
+
+
+@pytest.mark.usefixtures("finished_runs")
 @pytest.mark.parametrize("entry_point,arguments", [case[2:] for case in CASES],
                          ids=[f"{where}: {what}"[:80] for where, what, *_ in CASES])
 def test_bad_input_gets_a_sentence(entry_point, arguments, tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, train_run
+from conftest import ROOT, copy_run, train_run
 from discriminator import DiscriminatorInputs
 from utils import checkpoint, training_state
 
+pytestmark = pytest.mark.usefixtures("no_drawing")
 RESUME = ["--eval-samples", "0", "--resume"]
 
 
@@ -71,9 +72,9 @@ def send(number):
 @pytest.mark.parametrize("method", ["adt", "add", "diffusion"])
 def test_resume_is_bit_exact_wherever_a_run_was_stopped(tmp_path, method, at_step, capsys):
     """Stopped in each of its steps by either signal, a run ends with the bits of an uninterrupted one."""
-    uninterrupted = train_run(tmp_path / "uninterrupted", "--method", method, "--steps", "4")
-    run_dir, start = tmp_path / "parts", ["--method", method, "--steps", "4"]
-    for step, number in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGINT]):
+    uninterrupted = train_run(tmp_path / "uninterrupted", "--method", method, "--steps", "3")
+    run_dir, start = tmp_path / "parts", ["--method", method, "--steps", "3"]
+    for step, number in enumerate([signal.SIGINT, signal.SIGTERM]):
         undo = at_step(step, send(number))
         assert exit_code(run_dir, *start) == 128 + number
         undo()
@@ -130,8 +131,8 @@ def set_infinite_loss(trainer):
     trainer.config.lambda_diff = float("inf")
 
 
-def test_a_nan_stops_the_run_and_names_step_term_and_checkpoint(tmp_path, at_step, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "2")
+def test_a_nan_stops_the_run_and_names_step_term_and_checkpoint(tmp_path, adt_run, at_step, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
     good = checkpoint_and_log(run_dir)[0]
     at_step(3, set_infinite_loss)
     assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "5") == 1
@@ -238,7 +239,7 @@ def test_weights_that_became_infinite_are_not_saved(tmp_path, capsys, rate):
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
                                    MemoryError()])
 @pytest.mark.parametrize("when", ["setup", "training"])
-def test_out_of_memory_is_a_sentence(tmp_path, at_step, monkeypatch, capsys, error, when):
+def test_out_of_memory_is_a_sentence(tmp_path, adt_run, at_step, monkeypatch, capsys, error, when):
     def fail(*_):
         raise error
 
@@ -246,15 +247,15 @@ def test_out_of_memory_is_a_sentence(tmp_path, at_step, monkeypatch, capsys, err
         monkeypatch.setattr(train, "setup", fail)
     run_dir = tmp_path / "run"
     if when == "training":
-        train_run(run_dir, "--steps", "1")
-        at_step(1, fail)
-    arguments = ["--steps", "2"] if when == "setup" else [*RESUME, str(run_dir), "--steps", "2"]
+        copy_run(adt_run, run_dir)
+        at_step(2, fail)
+    arguments = ["--steps", "2"] if when == "setup" else [*RESUME, str(run_dir), "--steps", "3"]
     assert exit_code(run_dir, *arguments) == 1
     message = capsys.readouterr().err
     assert "out of memory" in message
     assert "gradient_accumulation_steps" in message
     if when == "training":
-        assert f"the checkpoint of step 1 is good: python train.py --resume {run_dir}" in message
+        assert f"the checkpoint of step 2 is good: python train.py --resume {run_dir}" in message
 
 
 def test_other_runtime_errors_keep_their_traceback(at_step, tmp_path):
@@ -300,10 +301,10 @@ def test_a_useless_discriminator_is_reported(real, fake, word):
     assert training_state.diagnose_discriminator([{"step": 0, "loss_diffusion": 1.}] * window) is None
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, capsys):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, adt_run, capsys):
     """The disk is full in the middle of a checkpoint (here: no file may be larger than 4 MB)."""
     import resource
-    run_dir = train_run(tmp_path / "run", "--steps", "2")
+    run_dir = copy_run(adt_run, tmp_path / "run")
     good = (run_dir / "checkpoint.pt").read_bytes(), (run_dir / "denoiser.safetensors").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     old_handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -322,10 +323,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, capsys):
     assert checkpoint_and_log(run_dir)[0]["step"] == 4
 
 
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    return train_run(tmp_path_factory.mktemp("three") / "run", "--steps", "3")
+
+
 @pytest.mark.parametrize("lines", ["012{", "0123", "01x2", "0 2", "0122", "2", "", "01[", "013"])
-def test_a_damaged_log_is_no_obstacle(tmp_path, lines, capsys):
+def test_a_damaged_log_is_no_obstacle(tmp_path, three_steps, lines, capsys):
     """Rows belong to steps, not to lines: none occurs twice, and lost ones are reported."""
-    run_dir = train_run(tmp_path / "run", "--steps", "3")
+    run_dir = copy_run(three_steps, tmp_path / "run")
     rows = {"{": '{"step": 2, "di', "x": "3", "[": "[" * 99999, " ": '{"seconds": 1}',
             **{str(i): json.dumps({"step": i, "seconds": 1.}) for i in range(4)}}
     (run_dir / "log.jsonl").write_text("\n".join(rows[c] for c in lines))
@@ -360,17 +366,6 @@ def test_a_long_log_is_subsampled_for_the_curves(tmp_path):
     assert len(checkpoint.read_log(path)) == 20000
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    return train_run(tmp_path_factory.mktemp("runs") / "run", "--steps", "2")
-
-
-def copy_run(run_dir, target):
-    import shutil
-    shutil.copytree(run_dir, target)
-    return target
-
-
 @pytest.mark.parametrize("corrupt", [
     lambda s: s["opt_g"]["state"][0].update(exp_avg=torch.zeros(3)),
     lambda s: s["opt_d"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
@@ -384,8 +379,8 @@ def copy_run(run_dir, target):
     lambda s: s["disc"]["heads.0.conv_out.bias"].fill_(float("nan")),
     lambda s: s["opt_g"]["state"][0]["exp_avg"].fill_(float("nan")),
     lambda s: s["opt_d"]["state"][0]["exp_avg_sq"].fill_(float("inf"))])
-def test_a_checkpoint_is_validated_before_use(tmp_path, finished_run, corrupt, capsys):
-    run_dir = copy_run(finished_run, tmp_path / "run")
+def test_a_checkpoint_is_validated_before_use(tmp_path, adt_run, corrupt, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     corrupt(state)
     torch.save(state, run_dir / "checkpoint.pt")
@@ -395,13 +390,15 @@ def test_a_checkpoint_is_validated_before_use(tmp_path, finished_run, corrupt, c
 
 @pytest.mark.parametrize("typed", ["--method add", "--seed 3", "--data fashion", "--set lr=1", "--overwrite",
                                    "--lora-rank 4", "--fsdp"])
-def test_a_resumed_run_keeps_its_settings(tmp_path, finished_run, typed, capsys):
-    assert exit_code(finished_run, *RESUME, str(finished_run), *typed.split()) == 2
+def test_a_resumed_run_keeps_its_settings(tmp_path, adt_run, typed, capsys):
+    assert exit_code(adt_run, *RESUME, str(adt_run), *typed.split()) == 2
     assert f"leave out {typed.split()[0]}" in capsys.readouterr().err
 
 
-def test_an_add_run_is_not_resumed_as_adt(tmp_path, capsys):
-    run_dir = train_run(tmp_path / "run", "--method", "add", "--steps", "1")
+def test_an_add_run_is_not_resumed_as_adt(tmp_path, adt_run, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
+    run_config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**run_config, "method": "add", "config": {}}))
     assert exit_code(run_dir, *RESUME, str(run_dir), "--method", "adt") == 2
     assert "leave out --method" in capsys.readouterr().err
 
@@ -434,16 +431,16 @@ def test_a_resumed_run_sees_the_data_it_was_trained_on(tmp_path, monkeypatch, ca
     assert checkpoint_and_log(run_dir)[0]["step"] == 3
 
 
-def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "1")
+def test_a_run_of_two_processes_is_not_resumed_by_one(tmp_path, adt_run, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
     run_config = json.loads((run_dir / "config.json").read_text())
     (run_dir / "config.json").write_text(json.dumps({**run_config, "world_size": 2}))
     assert exit_code(run_dir, *RESUME, str(run_dir)) == 2
     assert f"torchrun --nproc-per-node 2 train.py --resume {run_dir}" in capsys.readouterr().err
 
 
-def test_two_processes_cannot_train_in_one_folder(tmp_path, finished_run, capsys):
-    run_dir = copy_run(finished_run, tmp_path / "run")
+def test_two_processes_cannot_train_in_one_folder(tmp_path, adt_run, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
     before = (run_dir / "log.jsonl").read_bytes()
     with checkpoint.lock_run_dir(run_dir):
         assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "3") == 2
@@ -452,7 +449,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, finished_run, capsys
     train.main([*RESUME, str(run_dir), "--steps", "3"])
 
 
-def test_overwrite_replaces_runs_and_nothing_else(tmp_path, monkeypatch):
+def test_overwrite_replaces_runs_and_nothing_else(tmp_path, adt_run, monkeypatch):
     """Other folders stay; a run that could not start leaves a folder that --overwrite still recognises."""
     other = tmp_path / "model"
     other.mkdir()
@@ -460,7 +457,7 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path, monkeypatch):
     (other / "model.safetensors").write_text("x")
     assert exit_code(other, "--overwrite") == 2
     assert len(list(other.iterdir())) == 2
-    run_dir = train_run(tmp_path / "run", "--steps", "1")
+    run_dir = copy_run(adt_run, tmp_path / "run")
     (run_dir / "photo.png").write_text("mine")
 
     def disk_full(*_):

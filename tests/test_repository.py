@@ -16,7 +16,7 @@ import pytest
 import data
 import evaluate
 import train
-from conftest import ROOT
+from conftest import ROOT, copy_run
 from scripts import make_equation_map, make_figures
 from utils import config as settings
 from utils.plotting import aggregate_seeds, metrics_table
@@ -229,7 +229,7 @@ def clone(tmp_path_factory, adt_run):
     for folder in (*PACKAGES, "weights", "results", "docs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.state", "__pycache__"))
     shutil.copy(ROOT / "README.md", copy)
-    shutil.copytree(adt_run, copy / "runs" / "adt-glyphs-seed0")
+    copy_run(adt_run, copy / "runs" / "adt-glyphs-seed0")
     return copy
 
 

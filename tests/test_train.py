@@ -10,7 +10,7 @@ from test_data import make_image_folder
 
 import evaluate
 import train
-from conftest import make_trainer, train_run
+from conftest import copy_run, make_trainer, train_run
 from discriminator import DiscriminatorInputs
 from models.loading import load_model
 from utils import training_state
@@ -311,24 +311,23 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, sentence, tmp
 
 
 @pytest.mark.parametrize("arguments", ["--steps 0", "--lora-rank 8", "--set lr=x", "--resolution -1"])
-def test_a_mistake_is_reported_before_an_existing_run(arguments, tmp_path, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "1")
+def test_a_mistake_is_reported_before_an_existing_run(arguments, adt_run, capsys):
     with pytest.raises(SystemExit) as stop:
-        train.main(["--output-dir", str(run_dir), *arguments.split()])
+        train.main(["--output-dir", str(adt_run), *arguments.split()])
     assert stop.value.code == 2
     assert "already holds a run" not in capsys.readouterr().err
 
 
-def test_a_run_is_only_replaced_with_overwrite(tmp_path, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "1")
+def test_a_run_is_only_replaced_with_overwrite(tmp_path, adt_run, no_drawing, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     with pytest.raises(SystemExit) as stop:
         train_run(run_dir, "--steps", "1")
     assert stop.value.code == 2
     assert "--overwrite" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
-    train_run(run_dir, "--steps", "2", "--overwrite")
-    assert len((run_dir / "log.jsonl").read_text().splitlines()) == 2
+    train_run(run_dir, "--steps", "1", "--overwrite")
+    assert len((run_dir / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_unknown_words_in_captions_stop_a_run_before_it_starts(tmp_path, capsys):
@@ -351,7 +350,7 @@ def test_a_folder_of_images_from_pretraining_to_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["adt", "add", "diffusion"])
-def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypatch, method):
+def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypatch, no_drawing, method):
     run_dir = train_run(tmp_path / "run", "--method", method, "--steps", "1", "--seed", "3")
     config = json.loads((run_dir / "config.json").read_text())["config"]
     module = train.METHODS[method].module
@@ -367,8 +366,8 @@ def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypat
     assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
-def test_an_impossible_resume_is_one_sentence(tmp_path, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "2")
+def test_an_impossible_resume_is_one_sentence(tmp_path, adt_run, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
 
     def complaint(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -385,8 +384,10 @@ def test_an_impossible_resume_is_one_sentence(tmp_path, capsys):
     assert "not the config.json" in complaint()
 
 
-def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, monkeypatch, capsys):
-    run_dir = train_run(tmp_path / "run", "--steps", "1", "--eval-samples", "200")
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, adt_run, monkeypatch, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
+    for name in ("result.json", "table.md", "before_after.png"):
+        (run_dir / name).touch()
     for name in ("pipeline/unet", "scheduler"):
         (run_dir / name).mkdir(parents=True)
     (run_dir / "pytorch_lora_weights.safetensors").touch()
@@ -415,7 +416,7 @@ def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["dear.txt"]
 
 
-def test_a_run_folder_with_any_name_can_be_printed(tmp_path, monkeypatch):
+def test_a_run_folder_with_any_name_can_be_printed(tmp_path, no_drawing, monkeypatch):
     """stdout's encoding may lack its characters, as with PYTHONIOENCODING=cp1252."""
     stdout = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding="cp1252", errors="strict"))
