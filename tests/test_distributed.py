@@ -3,52 +3,94 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from PIL import Image
 
 from conftest import ROOT
 from scripts import tiny_pipelines
 from utils import distributed
 
+# Imports everything once, then forks the processes of each run. A line on stdin is JSON: the environment of
+# each process, the arguments of train.py, the path of their stderr. The answer is a list of exit codes.
+SERVER = """
+import json, os, sys, traceback
+import matplotlib.figure, peft
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import Dinov2Model
+import train
+
+def run(environment, arguments, stderr):
+    os.environ.update(environment)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    try:
+        train.main(arguments)
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+for line in sys.stdin:
+    environments, *job = json.loads(line)
+    children = []
+    for environment in environments:
+        children.append(os.fork())
+        if children[-1] == 0:
+            code = run(environment, *job)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps(codes), flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
-def large_setup(tmp_path_factory):
-    """A folder with three small pipelines, DINOv2 and three captioned images."""
-    folder = tmp_path_factory.mktemp("large")
-    for name in ("sd15", "sdxl", "sd3"):
-        tiny_pipelines.make_pipeline(name, folder)
-    tiny_pipelines.make_dino(folder / "dino")
-    (folder / "images").mkdir()
-    rows = []
-    for i in range(3):
-        Image.new("RGB", (40 + i, 60), (80 * i, 10, 200)).save(folder / "images" / f"{i}.png")
-        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"an image {i}"}))
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
+def server():
+    """A process that runs train.py in one or more processes, as torchrun would start them."""
+    process = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield process
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
 
 
-def large_arguments(folder, name):
-    """Arguments of train.py for one of the small pipelines."""
-    return ["--model", name, "--pretrained", str(folder / name), "--backbone", str(folder / "dino"),
-            "--data", str(folder / "images"), "--resolution", str(tiny_pipelines.RESOLUTION)]
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
-def command_line(num_processes, *arguments):
-    """train.py in one process, or in two under torchrun."""
-    torchrun = []
-    if num_processes == 2:
-        port = str(20000 + os.getpid() % 20000)
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    return [sys.executable, *torchrun, "train.py", *arguments]
+def run_processes(server, num_processes, arguments, folder):
+    """Run train.py in these processes -> their exit codes, their stderr."""
+    environments = [{"XDG_CACHE_HOME": str(folder)} for _ in range(num_processes)]
+    if num_processes > 1:
+        address = {"WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(free_port())}
+        for rank, environment in enumerate(environments):
+            environment.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+    stderr = folder / "stderr.txt"
+    stderr.write_text("")
+    server.stdin.write(json.dumps([environments, list(map(str, arguments)), str(stderr)]) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline()), stderr.read_text()
 
 
-def environment(cache_home):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache_home)}
+def train_in(server, run_dir, num_processes, *arguments):
+    """Train on the CPU to the end -> checkpoint, log."""
+    output = [] if "--resume" in arguments else ["--output-dir", run_dir]
+    codes, stderr = run_processes(server, num_processes, [*arguments, "--eval-samples", "0", *output],
+                                  run_dir.parent)
+    assert codes == [0] * num_processes, stderr[-3000:]
+    return read_run(run_dir)
 
 
 def read_run(run_dir):
@@ -57,14 +99,10 @@ def read_run(run_dir):
     return torch.load(run_dir / "checkpoint.pt", weights_only=True), [{**row, "seconds": 0} for row in log]
 
 
-def train_in(run_dir, num_processes, *arguments):
-    """Train on the CPU to the end -> checkpoint, log."""
-    output = [] if "--resume" in arguments else ["--output-dir", str(run_dir)]
-    command = command_line(num_processes, *arguments, "--eval-samples", "0", *output)
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True,
-                            env=environment(run_dir.parent))
-    assert result.returncode == 0, result.stderr[-3000:]
-    return read_run(run_dir)
+def large_arguments(folder, name):
+    """Arguments of train.py for one of the small pipelines."""
+    return ["--model", name, "--pretrained", str(folder / name), "--backbone", str(folder / "dino"),
+            "--data", str(folder / "images"), "--resolution", str(tiny_pipelines.RESOLUTION)]
 
 
 def equal_nested(a, b):
@@ -87,16 +125,16 @@ def first_moments(optimizer_state):
 @pytest.mark.parametrize("name,method,extra", [("tiny", "adt", []), ("sd15", "adt", ["--fsdp"]),
                                                ("sdxl", "add", ["--lora-rank", "4"]),
                                                ("sd3", "add", ["--fsdp"])])
-def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, extra):
+def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, method, extra):
     arguments = ["--method", method, "--steps", "1", "--set", "warmup_steps_d=0", "--set", "batch_size=1"]
     if name != "tiny":
-        arguments += large_arguments(request.getfixturevalue("large_setup"), name)
+        arguments += large_arguments(request.getfixturevalue("pretrained"), name)
     if method == "adt":
         arguments += ["--set", "num_inference_steps=2", "--set", "num_grad_steps=2"]
     is_fsdp = "--fsdp" in extra
-    single, single_log = train_in(tmp_path / "single", 1, *arguments, *([] if is_fsdp else extra),
+    single, single_log = train_in(server, tmp_path / "single", 1, *arguments, *([] if is_fsdp else extra),
                                   "--set", "gradient_accumulation_steps=2")
-    pair, pair_log = train_in(tmp_path / "pair", 2, *arguments, *extra)
+    pair, pair_log = train_in(server, tmp_path / "pair", 2, *arguments, *extra)
     tolerance = 2e-2 if is_fsdp else 1e-5  # FSDP casts its weights to bf16 for every call
     for key in ("opt_g", "opt_d"):
         a, b = first_moments(single[key]), first_moments(pair[key])
@@ -112,32 +150,32 @@ def test_two_processes_take_the_step_of_one(request, tmp_path, name, method, ext
                 assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
 
 
-def test_a_sharded_run_resumes(large_setup, tmp_path):
+def test_a_sharded_run_resumes(pretrained, server, tmp_path):
     """Weights, EMA weights and moments are sharded again; a single process may not resume the run."""
-    arguments = [*large_arguments(large_setup, "sdxl"), "--method", "diffusion", "--set", "batch_size=1",
+    arguments = [*large_arguments(pretrained, "sdxl"), "--method", "diffusion", "--set", "batch_size=1",
                  "--fsdp", "--gradient-checkpointing"]
     run_dir = tmp_path / "resumed"
-    expected, expected_log = train_in(tmp_path / "uninterrupted", 2, *arguments, "--steps", "2")
-    train_in(run_dir, 2, *arguments, "--steps", "1")
-    resumed, log = train_in(run_dir, 2, "--resume", str(run_dir), "--steps", "2")
+    expected, expected_log = train_in(server, tmp_path / "uninterrupted", 2, *arguments, "--steps", "2")
+    train_in(server, run_dir, 2, *arguments, "--steps", "1")
+    resumed, log = train_in(server, run_dir, 2, "--resume", str(run_dir), "--steps", "2")
     assert [row["step"] for row in log] == [0, 1] and resumed["step"] == 2
     assert [row["loss_diffusion"] for row in log] == [row["loss_diffusion"] for row in expected_log]
     assert equal_nested(resumed["params"], expected["params"])
     assert equal_nested(resumed["opt_g"]["state"], expected["opt_g"]["state"])
-    result = subprocess.run(command_line(1, "--resume", str(run_dir)), cwd=ROOT, text=True,
-                            capture_output=True, env=environment(tmp_path))
-    assert result.returncode == 2
-    assert "torchrun --nproc-per-node 2 train.py --resume" in result.stderr
+    codes, stderr = run_processes(server, 1, ["--resume", run_dir], tmp_path)
+    assert codes == [2]
+    assert "torchrun --nproc-per-node 2 train.py --resume" in stderr
 
 
-def test_two_processes_resume_bit_by_bit_after_sigterm(tmp_path):
+def test_two_processes_resume_bit_by_bit_after_sigterm(server, tmp_path):
     """A cluster's scheduler stops torchrun with SIGTERM: both processes finish the same step and save."""
     arguments = ["--method", "add", "--steps", "6", "--set", "batch_size=1"]
     uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    train_in(uninterrupted, 2, *arguments)
-    command = command_line(2, *arguments, "--eval-samples", "0", "--output-dir", str(stopped))
+    train_in(server, uninterrupted, 2, *arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+               str(free_port()), "train.py", *arguments, "--eval-samples", "0", "--output-dir", str(stopped)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               env=environment(tmp_path))
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     log_path = stopped / "log.jsonl"
     while not log_path.is_file() or not log_path.read_text():
         assert process.poll() is None, process.stderr.read()[-3000:]
@@ -145,7 +183,7 @@ def test_two_processes_resume_bit_by_bit_after_sigterm(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert 1 <= read_run(stopped)[0]["step"] < 6
-    train_in(stopped, 2, "--resume", str(stopped))
+    train_in(server, stopped, 2, "--resume", str(stopped))
     assert equal_nested(read_run(uninterrupted), read_run(stopped))
 
 
