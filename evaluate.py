@@ -62,17 +62,6 @@ def sampling_timesteps(model, num_steps, settings):
 
 # ----------------------------------------------------------------------------------------------- measuring
 
-def check_eval_samples(dataset, n, split="test"):
-    """ValueError unless the split holds two sets of n images, and n are enough for a Fréchet distance."""
-    if not 200 <= n <= 10 ** 6:
-        raise ValueError(f"--eval-samples {n}: a Fréchet distance of 128 features needs 200 to 10^6")
-    data.check_split(split, dataset.split_sizes)
-    available = dataset.split_sizes[split]
-    if available and 2 * n > available:
-        raise ValueError(f"--eval-samples {n}: the {split} split has {available} images; two halves with "
-                         f"no image in common hold {available // 2} at most, and 200 is the minimum")
-
-
 class Evaluator:
     """Real images, their captions and the evaluation classifier of a data set, loaded once for all models.
 
@@ -80,7 +69,13 @@ class Evaluator:
     eval_batch: n other real images; models get its captions, and its images give real_metrics."""
 
     def __init__(self, dataset, n=2000, seed=1234, split="test", weights_dir=None):
-        check_eval_samples(dataset, n, split)
+        if not 200 <= n <= 10 ** 6:
+            raise ValueError(f"--eval-samples {n}: a Fréchet distance of 128 features needs 200 to 10^6")
+        data.check_split(split, dataset.split_sizes)
+        available = dataset.split_sizes[split]
+        if available and 2 * n > available:
+            raise ValueError(f"--eval-samples {n}: the {split} split has {available} images; two halves with "
+                             f"no image in common hold {available // 2} at most, and 200 is the minimum")
         self.dataset = dataset
         self.classifier = load_eval_classifier(dataset.name, weights_dir)
         num_classes = [head[-1].out_features for head in self.classifier.attribute_heads]

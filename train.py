@@ -164,9 +164,6 @@ def setup(args):
     dataset = data.build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
                                  run_config["random_crop"])
     config.check_model(model, run_config["fsdp"])
-    num_samples = cli.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
-    if num_samples and not model.is_large:
-        evaluate.check_eval_samples(dataset, num_samples)              # before anything takes time
     with torch.no_grad():                                              # every caption must be encodable
         model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],
                                         *dataset.all_captions])
@@ -191,6 +188,7 @@ def setup(args):
     if args.resume:
         trainer.resume(run_dir, args.allow_data_change)
 
+    num_samples = cli.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
     evaluator = None
     if num_samples and not model.is_large:
         evaluator = evaluate.Evaluator(dataset, num_samples, weights_dir=run_config["pretrained"])

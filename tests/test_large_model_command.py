@@ -1,5 +1,4 @@
 """`python train.py --method adt --model sd15` and its options, on tiny pipelines."""
-# ruff: noqa: F811, F401
 
 import json
 import sys
@@ -9,25 +8,18 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
-from test_hub_data import hub as hub_double
 from tiny_families import (
     RESOLUTION,
-    build_model,
-    cache_home,
-    make_images,
-    pretrained,
     sample_pipeline,
-    train_args,
 )
 
-import add
-import adt
 import data
 import train
 from models import backbones, families, hub, loading, pipelines, preflight
 from scripts import tiny_pipelines
 from utils import cli, config, precision
 
+pytestmark = pytest.mark.usefixtures("cache_home")
 SHORT = ["--set", "num_inference_steps=2", "--set", "num_grad_steps=1", "--set", "warmup_steps_d=0"]
 GIB = 2 ** 30
 

@@ -18,7 +18,7 @@ import evaluate
 import train
 from conftest import ROOT, copy_run
 from scripts import make_equation_map, make_figures
-from utils import config as settings
+from utils import cli
 from utils.plotting import aggregate_seeds, metrics_table
 
 CONCEPTS = {"adt", "add", "discriminator", "sampler", "losses", "data", "train", "evaluate"}
@@ -190,6 +190,7 @@ def test_links_of_the_pages_lead_somewhere():
 
 COMMAND_RE = re.compile(r"(?:python|torchrun [^#]*?) (-m scripts\.\w+|\w+\.py)")
 PROGRAMS = {"train.py": train, "evaluate.py": evaluate, "data.py": data}
+DEFAULT_DATA = "glyphs", data.DEFAULT_HUB_DATASET
 
 
 def commands():
@@ -244,7 +245,7 @@ def test_the_run_folders_that_the_pages_name_are_those_of_their_commands():
         named = {argument for argument in arguments if argument.startswith("runs/")}
         if program == "train.py" and not named and "help" not in arguments:
             args = train.parse_args(arguments)[1]
-            made.add(str(settings.resolve_run_config(args, train.METHODS, train.MODELS)[1]))
+            made.add(str(cli.resolve_run_config(args, train.METHODS, train.MODELS, DEFAULT_DATA)[1]))
         assert named <= made
     assert made
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from utils import checkpoint, distributed, hub_data, precision
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
+MIN_EVAL_SAMPLES = 200                 # fewer give no Frechet distance
 TINY, LARGE = 0, 1                     # index of a default that depends on the size of the model
 EVAL_EVERY = (50, 100)                 # steps between two sample grids
 # what a resumed run may change; everything else stays as it was
@@ -94,7 +95,7 @@ def num_eval_samples(wanted, test_size):
         return wanted
     max_samples = test_size // 2 if test_size else EVAL_SAMPLES
     num_samples = min(EVAL_SAMPLES, max_samples)
-    return num_samples if num_samples >= 200 else 0
+    return num_samples if num_samples >= MIN_EVAL_SAMPLES else 0
 
 
 def resume_command(run_dir, world_size):
@@ -121,6 +122,9 @@ def resolve_run_config(args, methods, models, default_data):
         run_dir = Path(args.output_dir) if args.output_dir else default_run_dir(run_config)
     if args.eval_samples is not None and not 0 <= args.eval_samples <= 10 ** 6:
         raise ValueError(f"--eval-samples {args.eval_samples}: wanted 0 to a million")
+    if run_config["model"] == "tiny" and 0 < (args.eval_samples or 0) < MIN_EVAL_SAMPLES:
+        raise ValueError(f"--eval-samples {args.eval_samples}: a Fréchet distance of 128 features needs "
+                         f"{MIN_EVAL_SAMPLES} or more; 0 measures nothing")
     for name in CHANGEABLE:
         if getattr(args, name) is not None:
             run_config[name] = getattr(args, name)
