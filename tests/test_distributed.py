@@ -132,9 +132,12 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
     if method == "adt":
         arguments += ["--set", "num_inference_steps=2", "--set", "num_grad_steps=2"]
     is_fsdp = "--fsdp" in extra
+    if is_fsdp:
+        arguments += ["--full"]
     single, single_log = train_in(server, tmp_path / "single", 1, *arguments, *([] if is_fsdp else extra),
                                   "--set", "gradient_accumulation_steps=2")
-    pair, pair_log = train_in(server, tmp_path / "pair", 2, *arguments, *extra)
+    pair, pair_log = train_in(server, tmp_path / "pair", 2, *arguments, *extra,
+                              "--set", "gradient_accumulation_steps=1")
     tolerance = 2e-2 if is_fsdp else 1e-5  # FSDP casts its weights to bf16 for every call
     for key in ("opt_g", "opt_d"):
         a, b = first_moments(single[key]), first_moments(pair[key])
@@ -153,7 +156,8 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
 def test_a_sharded_run_resumes(pretrained, server, tmp_path):
     """Weights, EMA weights and moments are sharded again; a single process may not resume the run."""
     arguments = [*large_arguments(pretrained, "sdxl"), "--method", "diffusion", "--set", "batch_size=1",
-                 "--set", "num_inference_steps=2", "--fsdp", "--gradient-checkpointing"]
+                 "--set", "num_inference_steps=2", "--set", "gradient_accumulation_steps=1", "--full",
+                 "--fsdp", "--gradient-checkpointing"]
     run_dir = tmp_path / "resumed"
     expected, expected_log = train_in(server, tmp_path / "uninterrupted", 2, *arguments, "--steps", "2")
     train_in(server, run_dir, 2, *arguments, "--steps", "1")
