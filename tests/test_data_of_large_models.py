@@ -5,17 +5,18 @@ import json
 import pytest
 import torch
 from test_hub_data import hub, make_shards  # noqa: F401
-from tiny_families import RESOLUTION, cache_home, pretrained, setup_run, train_args  # noqa: F401
+from tiny_families import RESOLUTION, setup_run, train_args
 
 import data
 import train
 from utils import hub_data
 
+pytestmark = pytest.mark.usefixtures("cache_home")
 SHORT = ["--steps", "2", "--lora-rank", "4", "--set", "warmup_steps_d=0", "--set", "num_inference_steps=2",
          "--set", "num_grad_steps=1"]
 
 
-def test_glyphs_are_drawn_at_the_resolution_of_the_model(pretrained, tmp_path):  # noqa: F811
+def test_glyphs_are_drawn_at_the_resolution_of_the_model(pretrained, tmp_path):
     trainer = setup_run(pretrained, "sd15", "adt", "--data", "glyphs")
     assert RESOLUTION != 32 and trainer.dataset.resolution == RESOLUTION
     drawn, = trainer.load_batches(0)
@@ -28,7 +29,7 @@ def test_glyphs_are_drawn_at_the_resolution_of_the_model(pretrained, tmp_path): 
     assert (run_dir / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_sdxl_is_told_where_the_random_crop_lies(pretrained, monkeypatch):  # noqa: F811
+def test_sdxl_is_told_where_the_random_crop_lies(pretrained, monkeypatch):
     trainer = setup_run(pretrained, "sdxl", "add", "--random-crop", "--random-flip",
                         "--set", "gradient_accumulation_steps=1")
     batch, = trainer.next_batches()
@@ -50,7 +51,7 @@ def test_sdxl_is_told_where_the_random_crop_lies(pretrained, monkeypatch):  # no
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_stream_trains_a_large_model(pretrained, tmp_path, monkeypatch, name):  # noqa: F811
+def test_a_stream_trains_a_large_model(pretrained, tmp_path, monkeypatch, name):
     pytest.importorskip("datasets")
     monkeypatch.setattr(hub_data, "MAP_STYLE_BYTES", -1)
     folder = make_shards(tmp_path / "shards")

@@ -8,10 +8,8 @@ import diffusers
 import huggingface_hub
 import pytest
 import torch
-from tiny_families import (
-    RESOLUTION,
-    sample_pipeline,
-)
+from test_hub_data import hub as hub_double  # noqa: F401
+from tiny_families import RESOLUTION, sample_pipeline
 
 import data
 import train
@@ -286,7 +284,8 @@ def test_lora_files_in_both_formats_give_the_same_image(finished, pretrained):
     assert all(value == 4 for name, value in state.items() if name.endswith("alpha"))
 
 
-def test_the_command_as_its_user_types_it(hub_double, pretrained, tmp_path, monkeypatch, capsys):
+def test_the_command_as_its_user_types_it(hub_double, pretrained, tmp_path, monkeypatch,  # noqa: F811
+                                          capsys):
     """`python train.py --method adt --model sd15`, with stand-ins for the GPU and for what is downloaded: the
     pipeline, DINOv2 and the default data set. Nothing else is said but the length of the run and its path."""
     load_pipeline, asked = pipelines.load_pipeline, []
