@@ -8,6 +8,7 @@ Each cell is one line of JSON, printed and appended to the output as soon as it 
 takes too long says so and the next one runs. Read next: docs/gpu.md"""
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -34,7 +35,7 @@ from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
 
 ROOT = Path(__file__).parent.parent
-CELL_SECONDS = 90                      # a cell that takes longer is interrupted
+CELL_SECONDS = 120                     # a cell that takes longer is interrupted
 GIB = 2 ** 30
 TEXT_WIDTHS = {"sd15": (768,), "sdxl": (768, 1280), "sd3": (768, 1280, 4096)}  # of the text encoders
 
@@ -276,7 +277,7 @@ def tiny_model(networks, method):
     args = ["--method", method, "--eval-samples", "0", "--steps", "40", "--set", "warmup_steps_d=2"]
     trainer, other = (train.setup(train.parse_args(args)[1])[2] for _ in range(2))
     seconds = seconds_per_call(trainer.train_step, 5)
-    other.load_state_dict(trainer.state_dict())
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
     same = trainer.train_step() == other.train_step()
     params = all(torch.equal(a, b) for a, b in zip(trainer.g_params, other.g_params))
     return {"seconds": seconds, "resumed step has the same losses": same, "and weights": params}
