@@ -124,7 +124,9 @@ class EvalClassifier(nn.Module):
 # ------------------------------------------------------------------------------------------------ DINOv2
 
 class DinoBackbone(nn.Module):
-    """DINOv2 with the backbone interface, for images of any size."""
+    """DINOv2 with the backbone interface, for images of any size. An image larger than those that DINOv2 was
+    trained on (518 pixels) is reduced to that size: its position embeddings would be stretched beyond what it
+    has learned, and attention costs grow with the fourth power of the side."""
 
     def __init__(self, model):
         """model: a transformers Dinov2Model."""
@@ -138,8 +140,9 @@ class DinoBackbone(nn.Module):
     def forward(self, image):
         """image (B, 3, H, W) in [-1, 1] -> maps (B, D, h, w) of the embedding and of every block, and their
         CLS tokens (B, D)."""
-        patch_size = self.model.config.patch_size
-        h, w = (max(1, round(n / patch_size)) for n in image.shape[2:])
+        patch_size, max_side = self.model.config.patch_size, self.model.config.image_size
+        scale = min(1., max_side / max(image.shape[2:])) / patch_size
+        h, w = (max(1, round(n * scale)) for n in image.shape[2:])     # in patches
         image = F.interpolate(image, (h * patch_size, w * patch_size), mode="bicubic", antialias=True)
         image = (image * .5 + .5 - self.mean) / self.std
         states = self.model(image, output_hidden_states=True).hidden_states  # each (B, 1 + h w, D)

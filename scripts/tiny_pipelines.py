@@ -130,7 +130,7 @@ def make_dino(folder):
     """Write a DINOv2 with two blocks -> folder."""
     from transformers import Dinov2Config, Dinov2Model
     torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=28)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=70)
     Dinov2Model(config).save_pretrained(folder)
     return folder
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("cache_home")
 
 def test_dinov2_takes_images_of_any_size_and_passes_gradients(pretrained):
     backbone = discriminator.FrozenBackbone(loading.load_backbone("sd15", "", source=pretrained / "dino"))
-    for resolution, tokens in ((14, 1), (64, 5), (100, 7)):            # 64 pixels: nearly five patches of 14
+    for resolution, tokens in ((14, 1), (40, 3), (64, 5)):             # 64 pixels: nearly five patches of 14
         image = torch.rand(2, 3, resolution, resolution, requires_grad=True)
         maps = backbone(image)
         assert all(m.shape == (2, 32, tokens, tokens) for m in maps)
@@ -28,6 +28,23 @@ def test_dinov2_takes_images_of_any_size_and_passes_gradients(pretrained):
         assert image.grad.abs().min() > 0
     assert backbone.global_embedding(image).shape == (2, 32)
     assert not list(backbone.parameters())
+
+
+def test_images_above_the_size_of_dinov2s_training_are_reduced_without_aliasing(pretrained):
+    """The tiny one was made for 70 pixels. A pattern of single pixels disappears, a coarse one stays."""
+    backbone, received = loading.load_backbone("sd15", "", source=pretrained / "dino"), []
+    backbone.model.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    fine = torch.ones(1, 3, 168, 280)
+    fine[..., ::2] = -1
+    coarse = torch.ones(1, 3, 168, 280)
+    coarse[..., :140] = -1
+    with torch.no_grad():
+        maps = [backbone(image)[0][-1] for image in (fine, coarse)]
+        backbone(torch.ones(1, 3, 70, 70))
+    assert [image.shape[2:] for image in received] == [(42, 70), (42, 70), (70, 70)]
+    assert [m.shape[2:] for m in maps] == 2 * [(3, 5)]
+    inner_std = [(image * backbone.std)[..., 5:-5].std(-1).mean() for image in received[:2]]
+    assert inner_std[0] < .02 < .4 < inner_std[1]
 
 
 def test_dinov2_is_transformers_own(pretrained):
