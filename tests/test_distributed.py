@@ -191,6 +191,28 @@ def test_two_processes_resume_bit_by_bit_after_sigterm(server, tmp_path):
     assert equal_nested(read_run(uninterrupted), read_run(stopped))
 
 
+def test_small_gradients_share_an_all_reduce_and_are_summed_one_by_one(monkeypatch):
+    """The other process has the same tensors here, so each sum is twice the tensor, bit by bit."""
+    calls = []
+
+    def all_reduce(tensor):
+        calls.append(tensor.nbytes)
+        tensor.mul_(2)
+
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "BUCKET_BYTES", 4000)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    shapes = [(3,), (10, 20), (), (600,), (1, 1), (2000,), (5, 5), (7,)]
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors[1] = torch.randn(20, 10).T                                 # not contiguous
+    tensors.append(torch.randn(9, dtype=torch.float64))
+    expected = [2 * tensor for tensor in tensors]
+    distributed.all_reduce_sum_(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, expected))
+    assert [tensor.shape for tensor in tensors[:-1]] == [torch.Size(shape) for shape in shapes]
+    assert calls == [4 * (3 + 200 + 1 + 600 + 1), 8000, 4 * (25 + 7), 72]
+
+
 @pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_an_incomplete_environment_is_one_sentence(monkeypatch, missing):
     complete = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}

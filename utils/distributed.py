@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 START_TIMEOUT_S = 300                  # for all processes to start
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # process 0 may write large files while the others wait
+BUCKET_BYTES = 2 ** 25                 # small tensors are summed together, 32 MB in one all-reduce
 # class names of the blocks that apply_fsdp shards one by one
 FSDP_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "TransformerBlock",
                "ResBlock"}
@@ -99,9 +100,29 @@ def all_reduce_sum_(tensors):
     the next forward pass."""
     if get_world_size() == 1:
         return
-    handles = [dist.all_reduce(tensor, async_op=True) for tensor in tensors if not is_sharded(tensor)]
-    for handle in handles:
-        handle.wait()
+    for bucket in make_buckets([tensor for tensor in tensors if not is_sharded(tensor)]):
+        if len(bucket) == 1:
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+            tensor.copy_(total.view_as(tensor))
+
+
+def make_buckets(tensors):
+    """Lists of consecutive tensors of one type, BUCKET_BYTES at most unless it is a single tensor: a call for
+    each of SDXL's 1,120 adapter matrices would take longer than their bytes."""
+    buckets, num_bytes = [], 0
+    for tensor in tensors:
+        is_same_type = bool(buckets) and buckets[-1][0].dtype == tensor.dtype
+        if is_same_type and num_bytes + tensor.nbytes <= BUCKET_BYTES:
+            buckets[-1].append(tensor)
+            num_bytes += tensor.nbytes
+        else:
+            buckets.append([tensor])
+            num_bytes = tensor.nbytes
+    return buckets
 
 
 def any_rank(flag):
