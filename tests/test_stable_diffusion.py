@@ -265,6 +265,33 @@ def test_the_teacher_is_the_student_without_its_adapters(pretrained, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_a_call_of_the_teacher_leaves_gradients_and_graphs_of_the_student_alone(pretrained, name):
+    """Also where the student's graph is alive, and in the teacher's own call nothing is switched but a flag."""
+    model = build_model(pretrained, name, rank=4)
+    teacher, during = model.frozen_copy(), []
+    x, t, cond = torch.randn(1, *model.latent_shape), torch.tensor([500]), model.encode_prompts(CAPTIONS[:1])
+    params = list(model.network.parameters())
+    requires_grad = [param.requires_grad for param in params]
+
+    def gradients(call_teacher):
+        for param in params:
+            param.grad = None
+        loss = model.predict(x, t, cond).square().mean()
+        if call_teacher:
+            with torch.no_grad():
+                teacher.predict(x, t, cond)
+        (loss + model.predict(x, t, cond).mean()).backward()
+        return [param.grad.clone() for param in trainable(model)]
+
+    model.output_layer.register_forward_hook(
+        lambda *_: during.append([param.requires_grad for param in params]))
+    for plain, interrupted in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, interrupted)
+    assert len(during) == 5
+    assert all(row == requires_grad for row in during)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_teacher_of_a_run_that_continues_adapters_has_them(pretrained, tmp_path, name):
     first = build_model(pretrained, name, rank=2)
     write_run_config(tmp_path, name, pretrained / name, lora_rank=2)
