@@ -41,7 +41,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
                                    "secondary: which K steps"] = "strided"
     guidance_scale: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     input_grad_scale: Annotated[float, "secondary: gradient through the network's input, 0 = none"] = 0.0
-    checkpoint_rollout: Annotated[bool, "ours: recompute the path's calls in the backward pass"] = False
+    checkpoint_rollout: Annotated[bool, "ours: recompute all calls of the network in the backward pass; no "
+                                  "effect with --gradient-checkpointing"] = False
     real_images: Annotated[Literal["original", "vae_reconstruction"],
                            "ours: what D takes as real, x0 or decode(encode(x0))"] = "original"
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
@@ -161,7 +162,9 @@ def generator_loss(model, teacher, disc, batch, config):
         captions = [c if keep else "" for c, keep in zip(batch.caption, keep_mask)]
         cond_dropped = model.encode_prompts(captions, batch.micro_cond)
     t = losses.sample_timesteps(len(x0), model.T, config.timestep_sampling).to(x0.device)
-    diffusion = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), cond_dropped)
+    # otherwise its graph would be alive during the whole path
+    recompute = config.checkpoint_rollout and config.lambda_adv > 0
+    diffusion = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), cond_dropped, recompute)
     if config.lambda_adv == 0:
         return {"diffusion": config.lambda_diff * diffusion}, None
 

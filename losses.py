@@ -27,11 +27,13 @@ def sample_timesteps(n, T, scheme="uniform", generator=None):
     raise ValueError(f"unknown timestep sampling '{scheme}': wanted uniform or logit_normal")
 
 
-def diffusion_loss(model, x0, t, eps, cond):
+def diffusion_loss(model, x0, t, eps, cond, recompute=False):
     """The model's own pretraining loss E || y_theta(x_t, t, c) - (a x0 + b eps) ||^2, mean over all elements.
 
-    x0, eps: (B, C, h, w) · t: (B,) · cond: from model.encode_prompts -> scalar"""
-    y = model.predict(model.add_noise(x0, t, eps), t, cond)
+    x0, eps: (B, C, h, w) · t: (B,) · cond: from model.encode_prompts · recompute: keep no graph until the
+    backward pass -> scalar"""
+    predict = model.predict_recomputed if recompute else model.predict
+    y = predict(model.add_noise(x0, t, eps), t, cond)
     return F.mse_loss(y.float(), model.training_target(x0, eps, t))    # DDPM eq. 14, ADT L_diff
 
 

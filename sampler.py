@@ -11,7 +11,6 @@ Read next: losses.py
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 
 def make_timesteps(T, num_steps, shift=1.0, t_max=1.0):
@@ -60,7 +59,8 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     grad_steps: positions in timesteps whose network call keeps its graph; elsewhere its output is a constant
     input_grad_scale: gradient let through the network's input; 0 is ADT's rule; 1, with all steps in
     grad_steps, is plain backpropagation
-    checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time
+    checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time; it
+    has no effect where every block is recomputed already (models/denoiser.py, predict_recomputed)
     stochasticity: fraction of new noise in every step; 0 is DDIM or Euler, 1 replaces eps completely
     callback(i, x0): called after every step with the current prediction."""
     if not 0 <= stochasticity <= 1:
@@ -72,10 +72,8 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
                 x_in = x.detach()                                      # ADT constraint: sg[x_t]
             else:
                 x_in = x.detach() + input_grad_scale * (x - x.detach())
-            if checkpointing and torch.is_grad_enabled():
-                y = checkpoint(model.predict, x_in, t, cond, uncond, guidance_scale, use_reentrant=False)
-            else:
-                y = model.predict(x_in, t, cond, uncond, guidance_scale)
+            predict = model.predict_recomputed if checkpointing else model.predict
+            y = predict(x_in, t, cond, uncond, guidance_scale)
         x0, eps = model.to_x0_eps(x, y, t)                             # linear in x: here x keeps its graph
         if callback is not None:
             callback(i, x0)

@@ -14,6 +14,7 @@ import copy
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from utils.precision import autocast
 
@@ -33,6 +34,7 @@ class Denoiser(nn.Module):
     sample_batch_size = 100         # images sampled in one batch
     lora_rank = 0                   # rank of the LoRA adapters, 0 without
     precision = None                # of calls under autocast(): bf16, fp16, fp32; None: the hardware's best
+    recomputes_blocks = False       # after enable_gradient_checkpointing
 
     def __init__(self, prediction_type, alpha, sigma, t_input):
         """prediction_type: eps, x0, v or flow. alpha, sigma, t_input: (T,) tables from the cleanest timestep
@@ -111,6 +113,15 @@ class Denoiser(nn.Module):
         y_u, y_c = self.forward_network(torch.cat([x_t, x_t]), torch.cat([t_input, t_input]),
                                         cond_cfg).chunk(2)
         return y_u + guidance_scale * (y_c - y_u)
+
+    def predict_recomputed(self, *args):
+        """`predict` whose graph is not kept: it is computed again in the backward pass, so that one network
+        graph is alive at a time. Where every block is recomputed already, the graph holds the blocks' inputs
+        only, and a third forward pass would save little: per image 0.16 GiB for SD 1.5 at 512 pixels, 0.5 for
+        SDXL and SD 3 at 1024, beside 1.1, 7.4 and 5.2 for a whole graph."""
+        if self.recomputes_blocks or not torch.is_grad_enabled():
+            return self.predict(*args)
+        return checkpoint(self.predict, *args, use_reentrant=False)
 
     def frozen_copy(self):
         """A frozen copy with a network of its own, for example as the teacher. Everything else is shared."""

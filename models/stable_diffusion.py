@@ -176,6 +176,7 @@ class LatentDenoiser(Denoiser):
 
     def enable_gradient_checkpointing(self):
         self.network.enable_gradient_checkpointing()
+        self.recomputes_blocks = True
         # decode is recomputed as a whole already; this halves its peak, the blocks at full resolution
         self.vae.enable_gradient_checkpointing()
 

@@ -12,12 +12,14 @@ from tiny_families import (
     FAMILIES,
     RESOLUTION,
     build_model,
+    saved_elements,
     setup_run,
     train_args,
     trainable,
 )
 
 import discriminator
+import losses
 import train
 from models import loading
 from scripts import tiny_pipelines
@@ -110,6 +112,45 @@ def test_text_encoders_in_half_precision_give_fp32_encodings(tmp_path, name):
         y = model.predict(torch.randn(2, *model.latent_shape), torch.tensor([900, 30]), cond)
     assert all(value.dtype == torch.float32 for value in cond.values())
     assert y.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- recomputation
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_diffusion_loss_can_keep_no_graph_and_has_the_same_gradient(pretrained, name, rank):
+    model = build_model(pretrained, name, rank)
+    x0, eps = torch.randn(2, 2, *model.latent_shape)
+    cond, t, results = model.encode_prompts(CAPTIONS), torch.tensor([900, 30]), []
+    for recompute in (False, True):
+        size, loss = saved_elements(lambda: losses.diffusion_loss(model, x0, t, eps, cond, recompute))
+        results.append([loss.detach(), *torch.autograd.grad(loss, trainable(model), allow_unused=True)])
+        if recompute:
+            assert size < 4 * x0.numel() < .2 * kept_size              # what the loss itself saves
+        kept_size = size
+    for kept, recomputed in zip(*results, strict=True):
+        assert kept is recomputed is None or torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient-checkpointing"]])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_call_is_recomputed_twice(pretrained, name, options):
+    """By the path or by the blocks, but not by both."""
+    trainer = setup_run(pretrained, name, "adt", "--lora-rank", "4", *options)
+    assert trainer.config.checkpoint_rollout
+    model, runs, calls = trainer.model, [], []
+    model.lora_layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    call_network = model.call_network
+    def recording_call_network(*args):
+        calls.append(torch.is_grad_enabled())
+        return call_network(*args)
+    model.call_network = recording_call_network
+    batch = trainer.next_batches()[0]
+    losses_dict, _ = trainer.method.generator_loss(model, None, trainer.disc, batch, trainer.config)
+    num_calls, num_graphs = len(calls), sum(calls)
+    assert num_graphs >= 2
+    sum(losses_dict.values()).backward()
+    assert len(runs) == num_calls + num_graphs
 
 
 # -------------------------------------------------------------------------------------- unusual checkpoints

@@ -16,6 +16,7 @@ from tiny_families import (
     build_model,
     initial_noise,
     sample_pipeline,
+    saved_elements,
     setup_run,
     train_args,
     trainable,
@@ -83,18 +84,8 @@ def test_decode_keeps_the_graph_of_one_image_and_the_right_gradient(pretrained):
     model = build_model(pretrained, "sd15")
     z = torch.randn(3, *model.latent_shape, requires_grad=True)
 
-    def saved_elements(batch_size):
-        """Elements that autograd saves in the forward pass; the image."""
-        saved = []
-        def pack(tensor):
-            saved.append(tensor.numel())
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            image = model.decode(z[:batch_size])
-        return sum(saved), image
-
-    one, _ = saved_elements(1)
-    three, image = saved_elements(3)
+    one, _ = saved_elements(lambda: model.decode(z[:1]))
+    three, image = saved_elements(lambda: model.decode(z))
     assert three < 4 * one < 1e5                                       # latents, not the decoder's maps
     image.square().sum().backward()
     direct = z.detach().clone().requires_grad_()

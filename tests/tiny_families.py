@@ -90,3 +90,16 @@ def sample_pipeline(pipe, captions, noise, **arguments):
 def initial_noise(model, n, seed):
     """The noise that evaluate.sample starts from."""
     return torch.randn(n, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved_elements(function):
+    """Elements of all tensors that autograd keeps for the backward pass of function(); its result."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return sum(saved), result
