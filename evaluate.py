@@ -220,6 +220,7 @@ def prepare(args):
         item.model.unload_text_encoders()
         if item.model.is_large and device.type == "cuda":
             item.model.cast_frozen_to_bf16()
+            item.model.cast_vae(torch.bfloat16)
     return models, evaluator, captions
 
 

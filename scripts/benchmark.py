@@ -84,15 +84,16 @@ class CallRecorder:
     def __init__(self, trainer):
         self.call_counts, self.calls, self.patches = Counter(), {}, ExitStack()
         model, teacher, disc = trainer.model, trainer.teacher, trainer.disc
-        parts = [("network", model, "forward_network"), ("teacher", teacher, "forward_network")]
+        parts = [("network", model, "forward_network")]
+        if teacher:
+            parts += [("teacher", teacher, "forward_network")]
         if hasattr(disc, "logits"):
             parts += [("backbone", disc.backbone, "forward"), ("heads", disc, "logits"),
                       ("global embedding", disc.backbone, "global_embedding")]
         else:
             parts += [("backbone and heads", disc, "forward")]
         if model.is_large:                                             # captions are encoded beforehand
-            parts += [("VAE encoder", model, "encode"), ("VAE decoder", model, "vae_decode"),
-                      ("VAE decoder", teacher, "vae_decode")]
+            parts += [("VAE encoder", model, "encode"), ("VAE decoder", model.vae, "decode")]
         else:
             parts += [("text encoder", model, "encode_prompts")]
         for part in parts:

@@ -91,6 +91,47 @@ def test_frozen_weights_in_bf16_change_nothing_under_autocast(pretrained, name):
     assert torch.equal(y_plain, y)
 
 
+@pytest.mark.parametrize("half_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("force_upcast", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_vae_computes_in_the_type_that_diffusers_chooses(pretrained, name, force_upcast, half_dtype):
+    """fp32 for SDXL's VAE in fp16, unless it is the one made for fp16; with its weights cast or not."""
+    expected = half_dtype
+    if name == "sdxl" and force_upcast and half_dtype == torch.float16:
+        expected = torch.float32
+    for is_cast in (False, True):
+        model = build_model(pretrained, name)
+        model.vae.register_to_config(force_upcast=force_upcast)
+        if is_cast:
+            model.cast_vae(half_dtype)
+            assert {param.dtype for param in model.vae.parameters()} == {expected}
+        received = []
+        for layer in (model.vae.encoder.conv_out, model.vae.decoder.conv_out):
+            layer.register_forward_hook(lambda _, args, out: received.append(out.dtype))
+        image = torch.rand(2, 3, RESOLUTION, RESOLUTION)
+        with torch.no_grad(), torch.autocast("cpu", half_dtype):
+            z = model.encode(image)
+            decoded = model.decode(z)
+        assert received == 4 * [expected]
+        assert z.dtype == decoded.dtype == torch.float32
+        torch.testing.assert_close(decoded, model.decode(z).detach(), rtol=0, atol=.1)
+
+
+def test_a_vae_in_half_precision_passes_the_discriminators_gradient(pretrained):
+    gradients = []
+    for is_cast in (False, True):
+        model = build_model(pretrained, "sdxl")
+        if is_cast:
+            model.cast_vae(torch.bfloat16)
+        torch.manual_seed(0)
+        z = torch.randn(1, *model.latent_shape, requires_grad=True)
+        with bf16():
+            image = model.decode(z)
+        image[:, 0].mean().backward()
+        gradients.append(z.grad)
+    assert torch.nn.functional.cosine_similarity(*(grad.flatten() for grad in gradients), dim=0) > .99
+
+
 def test_logits_are_exact_under_autocast():
     backbone = discriminator.FrozenBackbone(loading.load_backbone("tiny", "glyphs"))
     disc = discriminator.ProjectedDiscriminator(backbone, 16).eval()

@@ -275,6 +275,8 @@ def prepare_networks(model, run_config, needs_teacher, random_init):
     model.precision = run_config["precision"]
     if model.lora_rank and device.type == "cuda" and not run_config["fsdp"]:
         model.cast_frozen_to_bf16()
+    if model.is_large and device.type == "cuda":
+        model.cast_vae(torch.bfloat16)
     teacher = model.frozen_copy()
     if random_init:
         model.reset_parameters()
