@@ -156,7 +156,8 @@ def student_prediction(model, x0, cond, config):
         x0 = x0.index_copy(0, self_idx, x0_by_step[step_index[self_idx] - 1, rows])
     # zero terminal SNR: at tau_n the input is eps, whatever alpha_T the schedule has
     x_s = torch.where(is_pure_noise.view(-1, 1, 1, 1), eps, model.add_noise(x0, t_student, eps))
-    y = model.predict(x_s, t_student, cond)
+    with model.precision_for(t_student):
+        y = model.predict(x_s, t_student, cond)
     x0_hat = model.to_x0_eps(x_s, y, t_student)[0]
     return x0_hat, step_index, is_pure_noise.index_fill(0, self_idx, True)
 
@@ -183,7 +184,8 @@ def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
     """losses.nfsd_target from the teacher's eps for the empty, the real and the negative caption."""
     def predict_eps(c):
         c = {**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
-        return teacher.to_x0_eps(x_t, teacher.predict(x_t, t, c), t)[1]
+        with teacher.precision_for(t):
+            return teacher.to_x0_eps(x_t, teacher.predict(x_t, t, c), t)[1]
 
     alpha, sigma = teacher.alpha_sigma(t)
     eps_uncond = predict_eps(uncond)

@@ -23,6 +23,7 @@ import sampler
 from models.loading import MODEL_FAMILIES, load_eval_classifier
 from models.named import check_sampling_configs, load_named_models
 from utils import arguments, distributed, failures, metrics, plotting
+from utils.precision import compute_dtype
 
 PRETRAINED = {"base": "denoiser", "adt": "adt", "add": "add"}          # name: its file in weights/DATA/
 DEFAULT_SAMPLING_CONFIGS = [(1, {}), (4, {}), (10, {}), (25, {})]      # (num_steps, settings)
@@ -219,8 +220,9 @@ def prepare(args):
         item.model.precompute_prompt_embeds(["", *captions, *(evaluator.captions if evaluator else [])])
         item.model.unload_text_encoders()
         if item.model.is_large and device.type == "cuda":
-            item.model.cast_frozen_to_bf16()
-            item.model.cast_vae(torch.bfloat16)
+            half_dtype = compute_dtype(item.model.precision)
+            is_amplified = item.model.needs_fp32(half_dtype)           # in a student's steps from pure noise
+            item.model.cast_frozen(half_dtype, torch.float16 if is_amplified else half_dtype)
     return models, evaluator, captions
 
 

@@ -67,21 +67,23 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
         raise ValueError(f"stochasticity is a fraction from 0 to 1, not {stochasticity}")
     for i, t in enumerate(timesteps):
         t = t.to(x.device).expand(len(x))
+        t_next = timesteps[i + 1:i + 2].to(x.device) if i + 1 < len(timesteps) else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and i in grad_steps):
             if input_grad_scale == 0:
                 x_in = x.detach()                                      # ADT constraint: sg[x_t]
             else:
                 x_in = x.detach() + input_grad_scale * (x - x.detach())
             predict = model.predict_recomputed if checkpointing else model.predict
-            y = predict(x_in, t, cond, uncond, guidance_scale)
+            with model.precision_for(t, t_next, stochasticity):
+                y = predict(x_in, t, cond, uncond, guidance_scale)
         x0, eps = model.to_x0_eps(x, y, t)                             # linear in x: here x keeps its graph
         if callback is not None:
             callback(i, x0)
-        if i + 1 < len(timesteps):
+        if t_next is not None:
             if stochasticity:
                 noise = torch.randn(x.shape, generator=generator).to(x.device)
                 eps = (1 - stochasticity ** 2) ** .5 * eps + stochasticity * noise
-            alpha, sigma = model.alpha_sigma(timesteps[i + 1:i + 2].to(x.device))
+            alpha, sigma = model.alpha_sigma(t_next)
             x = alpha * x0 + sigma * eps                               # ADT path: DDIM and Euler in one line
     return x0
 

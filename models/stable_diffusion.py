@@ -8,10 +8,9 @@ Read next: models/families.py (loading), models/prompt_cache.py (captions), mode
 import copy
 
 import torch
-import torch.nn as nn
 from tqdm import tqdm
 
-from models import export, pipelines
+from models import export, half_precision, pipelines
 from models.denoiser import Denoiser
 from models.prompt_cache import PromptCache, text_encoding_hash
 from utils import distributed
@@ -42,16 +41,6 @@ def schedule_from_diffusers(scheduler):
             torch.arange(len(alphas_cumprod)))
 
 
-def run_in_fp32(layer):
-    """Make a layer compute in fp32 under autocast as well. Meant for the network's output layer: at t = T - 1
-    an eps-model's error is multiplied by about 15 in x0, so bf16 rounding would be visible noise."""
-    class FP32Layer(type(layer)):
-        def forward(self, x):
-            with torch.autocast(x.device.type, enabled=False):
-                return super().forward(x.float())
-    layer.__class__ = FP32Layer
-
-
 class LatentDenoiser(Denoiser):
     """What the three families share. The pipeline itself is kept in a list, so that its text encoders are no
     submodules of the model; `unload_text_encoders` drops it."""
@@ -80,7 +69,7 @@ class LatentDenoiser(Denoiser):
                              resolution // vae_scale_factor)
         self.requires_grad_(False)
         self.network.requires_grad_(True)
-        run_in_fp32(self.output_layer)
+        half_precision.run_in_fp32(self.output_layer)
         self.vae.enable_gradient_checkpointing()
         self._pipe = [pipe]
         self.prompt_cache = PromptCache(text_encoding_hash(pipe, type(self).__name__, self.network.config))
@@ -187,24 +176,25 @@ class LatentDenoiser(Denoiser):
             raise ValueError("init=random and --lora-rank exclude each other: adapters of a network without "
                              "training cannot learn to generate images")
         self.network = type(self.network).from_config(self.network.config)
-        run_in_fp32(self.output_layer)
+        half_precision.run_in_fp32(self.output_layer)
 
     def enable_gradient_checkpointing(self):
         self.network.enable_gradient_checkpointing()
         self.recomputes_blocks = True
 
-    def cast_vae(self, half_dtype):
-        """Halve the VAE's weights, and with them its activations."""
+    def cast_frozen(self, half_dtype, network_dtype=None):
+        """Frozen weights of the network and the VAE become half_dtype (network_dtype: of the network, if it
+        is another one). Under autocast of the same type the network's results are the same to the last bit."""
+        half_precision.accept_fp32_inputs(self.network, self.output_layer)
+        half_precision.cast_frozen_weights(self.network, network_dtype or half_dtype, self.output_layer)
         self.vae.to(self.vae_dtype(half_dtype))
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision("high")  # TF32 for what is computed in fp32
 
-    def cast_frozen_to_bf16(self):
-        """Frozen weights of linear layers and convolutions, nearly all there are, become bf16. Under autocast
-        the results are the same to the last bit. The output layer and trainable weights stay fp32."""
-        for module in self.network.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not self.output_layer:
-                for param in module.parameters(recurse=False):
-                    if not param.requires_grad:
-                        param.data = param.data.bfloat16()
+    def apply_fsdp(self, half_dtype):
+        """Weights are gathered in half_dtype, as autocast casts them anyway; the output layer's in fp32."""
+        half_precision.accept_fp32_inputs(self.network, self.output_layer)
+        distributed.apply_fsdp(self.network, half_dtype, [self.output_layer])
 
     # ------------------------------------------------------------------------------------------------ LoRA
 
@@ -239,10 +229,14 @@ class LatentDenoiser(Denoiser):
         set_peft_model_state_dict(self.network, lora_state)
         self.lora_preloaded = True
 
-    def frozen_copy(self):
+    @property
+    def has_free_copy(self):
         """With new adapters no second network is needed: the same one without its adapters is the frozen
         model. Adapters of an earlier run belong to the frozen model, so these are copied."""
-        if not self.lora_rank or self.lora_preloaded:
+        return self.lora_rank > 0 and not self.lora_preloaded
+
+    def frozen_copy(self):
+        if not self.has_free_copy:
             return super().frozen_copy()
         frozen = copy.copy(self)
         frozen.lora_disabled = True

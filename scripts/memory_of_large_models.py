@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from models.backbones import load_dino
 from models.families import MODEL_FAMILIES
+from models.half_precision import cast_frozen_weights
 from models.preflight import ESTIMATES
 from models.stable_diffusion import LatentDenoiser
 from utils.checkpoint import atomic_write_text
@@ -219,7 +220,7 @@ def measure_model(model_name, tuning, resolution):
     model = SimpleNamespace(lora_rank=0, network=network, vae=vae, output_layer=None)
     num_params = sum(param.numel() for param in network.parameters())
     network.requires_grad_(False)
-    LatentDenoiser.cast_frozen_to_bf16(model)                          # trained weights have a bf16 copy, too
+    cast_frozen_weights(network, torch.bfloat16, None)                 # trained weights have a bf16 copy, too
     if tuning == "full":
         network.requires_grad_(True)
     else:

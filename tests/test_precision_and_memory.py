@@ -76,7 +76,7 @@ def test_frozen_weights_in_bf16_change_nothing_under_autocast(pretrained, name):
     """To the last bit, at half the memory; adapters and the output layer keep their precision, and train."""
     plain, model = build_model(pretrained, name, 2), build_model(pretrained, name, 2)
     bytes_before = sum(param.nbytes for param in model.network.parameters())
-    model.cast_frozen_to_bf16()
+    model.cast_frozen(torch.bfloat16)
     assert sum(param.nbytes for param in model.network.parameters()) < .7 * bytes_before
     assert all(param.dtype == torch.float32 for param in trainable(model))
     x, t, results = torch.randn(2, *model.latent_shape), torch.tensor([900, 30]), []
@@ -103,7 +103,7 @@ def test_the_vae_computes_in_the_type_that_diffusers_chooses(pretrained, name, f
         model = build_model(pretrained, name)
         model.vae.register_to_config(force_upcast=force_upcast)
         if is_cast:
-            model.cast_vae(half_dtype)
+            model.cast_frozen(half_dtype)
             assert {param.dtype for param in model.vae.parameters()} == {expected}
         received = []
         for layer in (model.vae.encoder.conv_out, model.vae.decoder.conv_out):
@@ -122,7 +122,7 @@ def test_a_vae_in_half_precision_passes_the_discriminators_gradient(pretrained):
     for is_cast in (False, True):
         model = build_model(pretrained, "sdxl")
         if is_cast:
-            model.cast_vae(torch.bfloat16)
+            model.cast_frozen(torch.bfloat16)
         torch.manual_seed(0)
         z = torch.randn(1, *model.latent_shape, requires_grad=True)
         with bf16():

@@ -138,17 +138,25 @@ def barrier():
     any_rank(False)
 
 
-def apply_fsdp(network):
+def apply_fsdp(network, gather_dtype=None, fp32_modules=()):
     """Shard a network with FSDP2: the weights of every block are spread over all processes and gathered when
-    the block runs."""
+    the block runs.
+
+    gather_dtype: type of the gathered weights (default: their own); gradients are summed in fp32 all the
+    same. Inputs are not cast, since bf16 has no timestep 999. fp32_modules: layers whose weights keep fp32."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     torch.set_autocast_cache_enabled(False)  # a cached bf16 copy would outlive its weight
     device_type = next(network.parameters()).device.type
     mesh = init_device_mesh(device_type, (get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if gather_dtype not in (None, torch.float32):
+        policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
     blocks = [module for module in network.modules() if type(module).__name__ in FSDP_BLOCKS]
-    for module in [*blocks, network]:
-        fully_shard(module, mesh=mesh)
+    for module in [*fp32_modules, *blocks, network]:
+        is_fp32 = any(module is fp32_module for fp32_module in fp32_modules)
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy() if is_fp32 else policy)
         module.set_gradient_divide_factor(1.)  # sum, not mean: the loss is divided beforehand
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 

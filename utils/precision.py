@@ -39,6 +39,12 @@ def autocast(precision=None):
     return torch.autocast(get_device().type, dtype, enabled=precision != "fp32")
 
 
+def compute_dtype(precision=None):
+    """The type in which matrices are multiplied under autocast(precision)."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return dtypes[precision or default_precision()]
+
+
 def make_grad_scaler(precision=None):
     """The loss scale for fp16; for other precisions a GradScaler that does nothing."""
     precision = precision or default_precision()

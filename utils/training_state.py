@@ -264,8 +264,10 @@ def ramped_ema_decay(ema_decay, num_updates):
 
 
 def prepare_networks(model, run_config, needs_teacher, random_init):
-    """Add LoRA, copy the teacher, initialise, move to the device and shard -> teacher (a frozen Denoiser; on
-    the CPU if only the final evaluation needs it). run_config["lora_rank"] becomes the model's."""
+    """Add LoRA, copy the teacher, initialise, choose the types of frozen weights, move to the device and
+    shard -> teacher, a frozen Denoiser. Where training does not need one it is None if it would be a second
+    copy of a large network; loading.load_initial_model makes it for the final evaluation.
+    run_config["lora_rank"] becomes the model's."""
     device = distributed.get_device()
     if model.lora_rank and not run_config["lora_rank"]:
         raise ValueError("--full: the weights that --pretrained names are LoRA adapters: train these on "
@@ -273,24 +275,27 @@ def prepare_networks(model, run_config, needs_teacher, random_init):
     if run_config["lora_rank"]:
         model.add_lora(run_config["lora_rank"])
     model.precision = run_config["precision"]
-    if model.lora_rank and device.type == "cuda" and not run_config["fsdp"]:
-        model.cast_frozen_to_bf16()
-    if model.is_large and device.type == "cuda":
-        model.cast_vae(torch.bfloat16)
-    teacher = model.frozen_copy()
+    half_dtype = precision.compute_dtype(model.precision)
+    teacher = None
+    if needs_teacher or not model.is_large or model.has_free_copy:
+        teacher = model.frozen_copy()
     if random_init:
         model.reset_parameters()
     if run_config["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
-    model.to(device)
-    if needs_teacher:
-        teacher.to(device)
+    # a student predicts x0 from pure noise; there weights in bf16 would be as imprecise as calls in bf16
+    is_amplified = needs_teacher and model.needs_fp32(half_dtype)
+    trained = [model, teacher] if needs_teacher else [model]
+    for item in trained:
+        if item.is_large and device.type == "cuda":
+            item.cast_frozen(half_dtype, torch.float16 if is_amplified else half_dtype)
+        item.to(device)
     if run_config["compile"]:
         model.network.compile()                                        # in place: names of weights stay
     if run_config["fsdp"]:
-        distributed.apply_fsdp(model.network)
-        if needs_teacher and teacher.network is not model.network:
-            distributed.apply_fsdp(teacher.network)
+        networks = {id(item.network): item for item in trained}        # one, if the teacher is without LoRA
+        for item in networks.values():
+            item.apply_fsdp(None if is_amplified else half_dtype)
     return teacher
 
 
