@@ -138,7 +138,7 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
                                   "--set", "gradient_accumulation_steps=2")
     pair, pair_log = train_in(server, tmp_path / "pair", 2, *arguments, *extra,
                               "--set", "gradient_accumulation_steps=1")
-    tolerance = 2e-2 if is_fsdp else 1e-5  # FSDP casts its weights to bf16 for every call
+    tolerance = 5e-2 if is_fsdp else 1e-5  # FSDP gathers weights in bf16, and their gradients are bf16 too
     for key in ("opt_g", "opt_d"):
         a, b = first_moments(single[key]), first_moments(pair[key])
         assert (a - b).norm() < tolerance * a.norm()
