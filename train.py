@@ -198,7 +198,7 @@ def setup(args):
 def final_evaluation(trainer, evaluator, run_dir, captions):
     """Measure and show the model before and after training."""
     with trainer.ema_weights() as model:
-        models = {"before": trainer.teacher.to(distributed.get_device()), "after": model}
+        models = {"before": trainer.initial_model(), "after": model}
         rows, image_rows = evaluate.evaluate_models(
             [(label, models[label], num_steps, sampling_settings)
              for label, num_steps, sampling_settings in trainer.config.eval_sampling_configs()],

@@ -21,9 +21,9 @@ from utils import distributed
 from utils.precision import autocast
 
 PREDICTION_TYPES = "eps", "x0", "v", "flow"
-# Above this factor calls are computed in fp32. Relative error of eps, measured with a U-Net of Stable Diffusion
-# 1.5's kind with random weights: bf16 1.3e-2, fp16 1.6e-3, TF32 1.0e-3. At the last timestep eps-models multiply
-# it by 14.6: noise with a standard deviation of .19 (bf16), .023 (fp16) or .015 (TF32) in every one-step x0.
+# Above this factor calls are computed in fp32. Relative error of eps, measured with a U-Net of Stable
+# Diffusion 1.5's kind with random weights: bf16 1.3e-2, fp16 1.6e-3, TF32 1.0e-3. At t = T - 1 eps-models
+# multiply it by 14.6: noise of standard deviation .19 (bf16), .023 (fp16), .015 (TF32) in every one-step x0.
 MAX_AMPLIFICATION = 2.
 
 
@@ -41,7 +41,6 @@ class Denoiser(nn.Module):
     lora_rank = 0                   # rank of the LoRA adapters, 0 without
     precision = None                # of calls under autocast(): bf16, fp16, fp32; None: the hardware's best
     recomputes_blocks = False       # after enable_gradient_checkpointing
-    has_free_copy = False           # True: frozen_copy shares the network
 
     def __init__(self, prediction_type, alpha, sigma, t_input):
         """prediction_type: eps, x0, v or flow. alpha, sigma, t_input: (T,) tables from the cleanest timestep
@@ -163,8 +162,12 @@ class Denoiser(nn.Module):
         frozen._modules = {**self._modules, "network": copy.deepcopy(self.network)}
         return frozen.eval().requires_grad_(False)
 
+    def initial_copy(self):
+        """A frozen copy as the model was before its training, on the CPU, read again from where it came."""
+        raise NotImplementedError
+
     def apply_fsdp(self, half_dtype):
-        """Shard the network over all processes. half_dtype: type of its calls; None: fp32 at least in part."""
+        """Shard the network over all processes. half_dtype: type of its calls; None: some are fp32."""
         distributed.apply_fsdp(self.network)
 
     def add_lora(self, rank):

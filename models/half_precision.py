@@ -20,8 +20,8 @@ def run_in_fp32(layer):
 
 
 def accept_fp32_inputs(network, output_layer):
-    """Make the layers of a network cast half precision weights to fp32 where their input is fp32. Linear layers
-    and convolutions under autocast need nothing; the output layer is in fp32 itself."""
+    """Make the layers of a network cast half precision weights to fp32 where their input is fp32. Linear
+    layers and convolutions under autocast need nothing; the output layer is in fp32 itself."""
     for module in list(network.modules()):
         for layer_cls in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm):
             if isinstance(module, layer_cls) and module is not output_layer and not is_casting(module):

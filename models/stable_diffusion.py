@@ -167,7 +167,7 @@ class LatentDenoiser(Denoiser):
 
     def switch_adapters(self, enabled):
         """Only the flag is set that every adapted layer reads in its forward pass. peft's own function also
-        sets requires_grad, which costs .1 s per pair of calls for SDXL and is wrong while a graph is alive."""
+        sets requires_grad, which costs SDXL .1 s per pair of calls and is wrong while a graph is alive."""
         for layer in self.lora_layers:
             layer._disable_adapters = not enabled
 
@@ -184,7 +184,7 @@ class LatentDenoiser(Denoiser):
 
     def cast_frozen(self, half_dtype, network_dtype=None):
         """Frozen weights of the network and the VAE become half_dtype (network_dtype: of the network, if it
-        is another one). Under autocast of the same type the network's results are the same to the last bit."""
+        is another one). Under autocast of the same type the network's results do not change."""
         half_precision.accept_fp32_inputs(self.network, self.output_layer)
         half_precision.cast_frozen_weights(self.network, network_dtype or half_dtype, self.output_layer)
         self.vae.to(self.vae_dtype(half_dtype))
@@ -229,18 +229,21 @@ class LatentDenoiser(Denoiser):
         set_peft_model_state_dict(self.network, lora_state)
         self.lora_preloaded = True
 
-    @property
-    def has_free_copy(self):
+    def frozen_copy(self):
         """With new adapters no second network is needed: the same one without its adapters is the frozen
         model. Adapters of an earlier run belong to the frozen model, so these are copied."""
-        return self.lora_rank > 0 and not self.lora_preloaded
-
-    def frozen_copy(self):
-        if not self.has_free_copy:
+        if not self.lora_rank or self.lora_preloaded:
             return super().frozen_copy()
         frozen = copy.copy(self)
         frozen.lora_disabled = True
         return frozen
+
+    def initial_copy(self):
+        pipe = pipelines.load_pipeline(self.pipeline_cls, self.pretrained_path)
+        frozen = copy.copy(self)
+        frozen._modules = {**self._modules, "network": getattr(pipe, self.component_name)}
+        half_precision.run_in_fp32(frozen.output_layer)
+        return frozen.eval().requires_grad_(False)
 
     # ------------------------------------------------------------------------------------------- the result
 

@@ -267,3 +267,35 @@ def test_a_process_that_waits_for_the_others_can_be_stopped(number, code):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("error,sentence", [("RuntimeError('a fault')", "RuntimeError: a fault"),
+                                            ("failures.RunFailed('no space', 2, True)", "program: no space")])
+def test_a_process_that_fails_ends_the_others(error, sentence):
+    """Rank 0 hangs, as in a collective operation; rank 1 has a thread that would keep it alive."""
+    start = f"""
+import argparse, os, threading, time
+from utils import distributed, failures
+distributed.WATCH_INTERVAL_S, distributed.GRACE_S = .1, .3
+with failures.clear_exit(argparse.ArgumentParser(), "program"):
+    distributed.init_distributed()
+    distributed.barrier()
+    if os.environ["RANK"] == "0":
+        time.sleep(600)
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise {error}
+"""
+    port = str(20000 + (os.getpid() + 7) % 20000)
+    env = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                                  env={**env, "RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1
+    assert processes[1].returncode == (1 if "fault" in error else 2)
+    assert "process 0 stops: process 1 has failed" in errors[0]
+    assert sentence in errors[1]

@@ -49,7 +49,7 @@ def test_the_amplification_is_the_derivative_of_the_next_state(family, stochasti
 
 
 def test_only_steps_that_amplify_errors_are_computed_in_fp32(pretrained):
-    """One step: yes; each of 50: no. A student's path of four: the first two. Outside of bf16: never changed."""
+    """One step: yes; each of 50: no. A student's path of four: the first two. fp16 and fp32: no change."""
     model = build_model(pretrained, "sd15")
     calls, cond = computed_in_fp32(model), model.encode_prompts(CAPTIONS)
     x = torch.randn(2, *model.latent_shape)

@@ -106,8 +106,10 @@ def test_the_vae_computes_in_the_type_that_diffusers_chooses(pretrained, name, f
             model.cast_frozen(half_dtype)
             assert {param.dtype for param in model.vae.parameters()} == {expected}
         received = []
+        def record_dtype(module, args, out, received=received):
+            received.append(out.dtype)
         for layer in (model.vae.encoder.conv_out, model.vae.decoder.conv_out):
-            layer.register_forward_hook(lambda _, args, out: received.append(out.dtype))
+            layer.register_forward_hook(record_dtype)
         image = torch.rand(2, 3, RESOLUTION, RESOLUTION)
         with torch.no_grad(), torch.autocast("cpu", half_dtype):
             z = model.encode(image)
@@ -157,18 +159,42 @@ def test_text_encoders_in_half_precision_give_fp32_encodings(tmp_path, name):
 
 # ---------------------------------------------------------------------------------------------- recomputation
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_report_reads_the_initial_model_again_and_drops_the_optimisers(pretrained, name):
+    """During ADT's training of all weights there is one network."""
+    trainer = setup_run(pretrained, name, "adt", "--full")
+    assert trainer.teacher is None
+    trainer.train_step()
+    model, plain = trainer.model, build_model(pretrained, name)
+    before = trainer.initial_model()
+    assert trainer.opt_g is trainer.opt_d is None
+    assert all(param.grad is None for param in trainer.g_params)
+    assert before.vae is model.vae
+    x, t, cond = torch.randn(2, *model.latent_shape), torch.tensor([900, 30]), plain.encode_prompts(CAPTIONS)
+    with torch.no_grad():
+        assert torch.equal(before.predict(x, t, cond), plain.predict(x, t, cond))
+        assert not torch.equal(before.predict(x, t, cond), model.predict(x, t, cond))
+    assert not any(param.requires_grad for param in before.network.parameters())
+
+
+def test_a_run_of_all_weights_ends_with_images_from_before_and_after(pretrained, tmp_path):
+    args = train_args(pretrained, "sd15", "--method", "adt", "--full", "--steps", "1", *SHORT_PATH)
+    args[args.index("--eval-samples") + 1] = "1"
+    train.main([*args, "--output-dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "before_after.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_diffusion_loss_can_keep_no_graph_and_has_the_same_gradient(pretrained, name, rank):
     model = build_model(pretrained, name, rank)
     x0, eps = torch.randn(2, 2, *model.latent_shape)
-    cond, t, results = model.encode_prompts(CAPTIONS), torch.tensor([900, 30]), []
-    for recompute in (False, True):
-        size, loss = saved_elements(lambda: losses.diffusion_loss(model, x0, t, eps, cond, recompute))
-        results.append([loss.detach(), *torch.autograd.grad(loss, trainable(model), allow_unused=True)])
-        if recompute:
-            assert size < 4 * x0.numel() < .2 * kept_size              # what the loss itself saves
-        kept_size = size
+    cond, t = model.encode_prompts(CAPTIONS), torch.tensor([900, 30])
+    kept_size, kept_loss = saved_elements(lambda: losses.diffusion_loss(model, x0, t, eps, cond))
+    size, loss = saved_elements(lambda: losses.diffusion_loss(model, x0, t, eps, cond, recompute=True))
+    assert size < 4 * x0.numel() < .2 * kept_size                      # what the loss itself saves
+    results = [[item.detach(), *torch.autograd.grad(item, trainable(model), allow_unused=True)]
+               for item in (kept_loss, loss)]
     for kept, recomputed in zip(*results, strict=True):
         assert kept is recomputed is None or torch.equal(kept, recomputed)
 

@@ -257,7 +257,7 @@ def test_the_teacher_is_the_student_without_its_adapters(pretrained, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_call_of_the_teacher_leaves_gradients_and_graphs_of_the_student_alone(pretrained, name):
-    """Also where the student's graph is alive, and in the teacher's own call nothing is switched but a flag."""
+    """Also while the student's graph is alive; in the teacher's own call nothing is switched but a flag."""
     model = build_model(pretrained, name, rank=4)
     teacher, during = model.frozen_copy(), []
     x, t, cond = torch.randn(1, *model.latent_shape), torch.tensor([500]), model.encode_prompts(CAPTIONS[:1])

@@ -8,7 +8,10 @@ Read next: train.py"""
 
 import os
 import socket
+import sys
+import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -16,6 +19,7 @@ import torch.distributed as dist
 
 START_TIMEOUT_S = 300                  # for all processes to start
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # process 0 may write large files while the others wait
+WATCH_INTERVAL_S, GRACE_S = 2, 10      # of watch_for_failures
 BUCKET_BYTES = 2 ** 25                 # small tensors are summed together, 32 MB in one all-reduce
 # class names of the blocks that apply_fsdp shards one by one
 FSDP_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock", "TransformerBlock",
@@ -39,6 +43,39 @@ def init_distributed():
     store = wait_for_processes(rank, world_size)
     dist.init_process_group("nccl" if has_cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=COLLECTIVE_TIMEOUT)
+    watch_for_failures()
+
+
+def default_store():
+    return dist.distributed_c10d._get_default_store()
+
+
+def watch_for_failures():
+    """End this process, from a thread, some seconds after another one has failed: a collective operation
+    would wait for it until COLLECTIVE_TIMEOUT, and no signal arrives there. The seconds are for a process
+    that fails by itself, with a sentence of its own."""
+    # a client of the store that waits for a key blocks other threads
+    own_store = default_store().clone()
+
+    def watch():
+        with suppress(RuntimeError):                       # the host of the store has ended
+            while not own_store.check(["failed"]):
+                time.sleep(WATCH_INTERVAL_S)
+            rank = own_store.get("failed").decode()
+            time.sleep(GRACE_S)
+            print(f"process {get_rank()} stops: process {rank} has failed", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def abort(code):
+    """End this process at once, without waiting for others or for threads, and let the others know."""
+    with suppress(RuntimeError):
+        default_store().set("failed", str(get_rank()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wait_for_processes(rank, world_size):
@@ -143,7 +180,7 @@ def apply_fsdp(network, gather_dtype=None, fp32_modules=()):
     the block runs.
 
     gather_dtype: type of the gathered weights (default: their own); gradients are summed in fp32 all the
-    same. Inputs are not cast, since bf16 has no timestep 999. fp32_modules: layers whose weights keep fp32."""
+    same. Inputs are not cast: bf16 has no timestep 999. fp32_modules: layers whose weights keep fp32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     torch.set_autocast_cache_enabled(False)  # a cached bf16 copy would outlive its weight

@@ -10,6 +10,7 @@ keeps its traceback. In the training loop only BadInput and OSError are; others 
 import os
 import signal
 import sys
+import traceback
 from contextlib import contextmanager, suppress
 
 import torch
@@ -55,21 +56,38 @@ def clear_exit(parser, program):
 
     if hasattr(sys.stdout, "reconfigure"):                             # a StringIO takes any text
         sys.stdout.reconfigure(errors="backslashreplace")              # like stderr: any path can be printed
-    if os.environ.get("DEBUG") == "1":
-        yield
-        return
+    with tell_other_processes():
+        if os.environ.get("DEBUG") == "1":
+            yield
+            return
+        try:
+            yield
+        except RunFailed as error:
+            leave(error.code, error, error.everywhere)
+        except KeyboardInterrupt as error:
+            leave(128 + (error.args[0] if error.args else signal.SIGINT), "stopped")
+        except (ValueError, OSError) as error:
+            leave(2, error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            leave(1, OUT_OF_MEMORY, everywhere=True)
+
+
+@contextmanager
+def tell_other_processes():
+    """With several processes, one that fails ends at once and the others with it: they would wait for it."""
     try:
         yield
-    except RunFailed as error:
-        leave(error.code, error, error.everywhere)
-    except KeyboardInterrupt as error:
-        leave(128 + (error.args[0] if error.args else signal.SIGINT), "stopped")
-    except (ValueError, OSError) as error:
-        leave(2, error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        leave(1, OUT_OF_MEMORY, everywhere=True)
+    except SystemExit as error:
+        if distributed.get_world_size() > 1 and error.code in (1, 2):
+            distributed.abort(error.code)
+        raise
+    except Exception:
+        if distributed.get_world_size() > 1:
+            traceback.print_exc()
+            distributed.abort(1)
+        raise
 
 
 @contextmanager
@@ -86,7 +104,8 @@ def explain_failures(trainer, run_dir, world_size, save):
     except (BadInput, OSError) as error:                               # data or disk, perhaps of one process
         if distributed.get_world_size() == 1:
             with suppress(OSError, ArithmeticError):
-                save()
+                if trainer.last_saved_step < trainer.step:
+                    save()
         raise RunFailed(f"{error}; {checkpoint_hint(trainer, resume)}", 2, everywhere=True) from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -155,6 +155,24 @@ class TrainingState:
             ema_param.copy_(backup)
         distributed.reshard_(self.model.network)
 
+    def initial_model(self):
+        """The model as it was before training, for the final evaluation. Beside a large one there is no room
+        for the optimisers; nothing is trained or saved after this."""
+        device, is_sharded = distributed.get_device(), distributed.is_sharded(self.g_params[0])
+        if self.model.is_large:
+            self.opt_g = self.opt_d = None
+            for param in self.g_params + self.d_params:
+                param.grad = None
+        if self.teacher is None:
+            self.teacher = self.model.initial_copy()
+            half_dtype = precision.compute_dtype(self.model.precision)
+            if device.type == "cuda":
+                self.teacher.cast_frozen(half_dtype)
+            self.teacher.to(device)
+            if is_sharded:
+                self.teacher.apply_fsdp(half_dtype)
+        return self.teacher.to(device)
+
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self):
@@ -265,8 +283,8 @@ def ramped_ema_decay(ema_decay, num_updates):
 
 def prepare_networks(model, run_config, needs_teacher, random_init):
     """Add LoRA, copy the teacher, initialise, choose the types of frozen weights, move to the device and
-    shard -> teacher, a frozen Denoiser. Where training does not need one it is None if it would be a second
-    copy of a large network; loading.load_initial_model makes it for the final evaluation.
+    shard -> teacher, a frozen Denoiser. Where only the final evaluation needs one, it is None instead of a
+    second copy of a large network: TrainingState.initial_model makes it then.
     run_config["lora_rank"] becomes the model's."""
     device = distributed.get_device()
     if model.lora_rank and not run_config["lora_rank"]:
@@ -277,7 +295,7 @@ def prepare_networks(model, run_config, needs_teacher, random_init):
     model.precision = run_config["precision"]
     half_dtype = precision.compute_dtype(model.precision)
     teacher = None
-    if needs_teacher or not model.is_large or model.has_free_copy:
+    if needs_teacher or not model.is_large or model.lora_rank:
         teacher = model.frozen_copy()
     if random_init:
         model.reset_parameters()
