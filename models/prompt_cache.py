@@ -3,7 +3,8 @@
 The text encoders of Stable Diffusion are frozen, so a caption's encoding never changes, and without the
 encoders a GPU has room for more images. The cache is a folder for each set of encoders; its name is a hash of
 everything that an encoding depends on (`text_encoding_hash`), so two models share a folder only if they would
-compute the same encodings.
+compute the same encodings. It holds safetensors files of many captions each, in fp16. A file is written once,
+under a name of its own, so processes need no locks.
 Read next: models/stable_diffusion.py"""
 
 import hashlib
@@ -11,6 +12,7 @@ import importlib.metadata
 import json
 import tempfile
 import uuid
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,44 +23,71 @@ from utils.checkpoint import cache_dir
 from utils.messages import BadInput
 
 MEMORY_BYTES = 2 ** 30                 # encodings held in memory; the others are read from disk again
-FORMAT_VERSION = 1                     # to be raised when models/stable_diffusion.py encodes differently
+DISK_BYTES = 20 * 2 ** 30              # if a data set has more, every batch is encoded when it is needed
+FILE_BYTES = 2 ** 28
+FORMAT_VERSION = 2                     # to be raised when models/stable_diffusion.py encodes differently
 LIBRARIES = ("diffusers", "transformers", "tokenizers")
 # where a component was loaded from, and by which version it was saved: no encoding depends on these
 IGNORED_CONFIG_KEYS = ("transformers_version", "name_or_path", "is_local", "local_files_only")
 
 
 class PromptCache:
-    """{caption: {key: tensor}}, in memory and in safetensors files."""
+    """{caption: {key: tensor in fp16}}, in memory and on disk."""
 
     def __init__(self, name):
         """name: hash of what the encodings depend on."""
         self.name = name
+        self.on_disk = True            # False: new encodings are kept in memory only
         self.in_memory = {}
+        self.rows = {}                 # digest of a caption -> (file, row)
+        self.known_files = set()
 
     @property
     def folder(self):
         return cache_dir() / "adversarial-diffusion" / self.name
 
-    def path(self, caption):
-        """The file of a caption, which need not exist. ValueError if the caption is not valid Unicode."""
+    def digest(self, caption):
+        """The name of a caption in the files. ValueError if it is not valid Unicode."""
         try:
-            digest = hashlib.sha256(caption.encode()).hexdigest()
+            return hashlib.sha256(caption.encode()).digest()[:16]
         except UnicodeEncodeError:
             raise BadInput(f"a caption holds half a character: {ascii(caption[:60])}") from None
-        return self.folder / f"{digest[:32]}.safetensors"
 
-    def __contains__(self, caption):
-        return caption in self.in_memory or self.path(caption).is_file()
+    def read_new_files(self):
+        """Index the files that have been written since the last time, by any process. Damaged ones are
+        deleted: their captions will be encoded again."""
+        from safetensors import SafetensorError, safe_open
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.known_files):
+            self.known_files.add(path)
+            try:
+                with safe_open(path, "pt") as file:
+                    digests = file.get_tensor("digests").numpy()
+            except (SafetensorError, OSError):
+                with suppress(OSError):
+                    path.unlink()
+                continue
+            self.rows |= {row.tobytes(): (path, i) for i, row in enumerate(digests)}
 
-    def store(self, caption, encoding):
-        """Write an encoding, {key: tensor}. OSError if the cache folder cannot be written to."""
+    def store(self, captions, encodings):
+        """encodings: {key: (B, ...)}, for B captions -> one new file. OSError if the cache folder cannot be
+        written to."""
         from safetensors.torch import save
-        path = self.path(caption)
-        # several processes may store the same caption at once: each writes a file of its own and renames it
-        tmp_path = path.with_name(f"{uuid.uuid4().hex}.part")
+        # fp16 holds 65504; public text encoders stay below 1000
+        encodings = {key: value.detach().cpu().clamp(-65504, 65504).half().contiguous()
+                     for key, value in encodings.items()}
+        items = [{key: value[i].clone() for key, value in encodings.items()} for i in range(len(captions))]
+        for caption, item in zip(captions, items):
+            self.remember(caption, item)
+        if not self.on_disk:
+            return
+        digests = torch.tensor([list(self.digest(caption)) for caption in captions], dtype=torch.uint8)
+        checksums = torch.tensor([checksum(item) for item in items])
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        tmp_path = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tmp_path.write_bytes(save(encoding))  # safetensors' save_file would ignore the umask
+            # safetensors' save_file would ignore the umask
+            tmp_path.write_bytes(save({"digests": digests, "checksums": checksums, **encodings}))
             tmp_path.replace(path)
         except OSError as error:
             raise OSError(f"cannot write text encodings to {self.folder} ({error.strerror or error}): free "
@@ -67,22 +96,44 @@ class PromptCache:
             with suppress(OSError):
                 tmp_path.unlink(missing_ok=True)
 
-    def load(self, caption):
-        """-> {key: tensor}. ValueError if the file is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        if caption in self.in_memory:
-            return self.in_memory[caption]
-        try:
-            encoding = load_file(self.path(caption))
-        except SafetensorError:
-            raise BadInput(f"{self.path(caption)} is damaged: delete it") from None
+    def remember(self, caption, encoding):
         encoding_bytes = sum(value.nbytes for value in encoding.values())
         if len(self.in_memory) * encoding_bytes > MEMORY_BYTES:
             oldest = next(iter(self.in_memory))
             del self.in_memory[oldest]
         self.in_memory[caption] = encoding
+
+    def load(self, caption):
+        """-> {key: tensor in fp16}, or None if there is no encoding or a damaged one."""
+        from safetensors import SafetensorError, safe_open
+        if caption in self.in_memory:
+            return self.in_memory[caption]
+        digest = self.digest(caption)
+        if digest not in self.rows:
+            self.read_new_files()
+        path, row = self.rows.get(digest, (None, None))
+        if path is None:
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                encoding = {key: file.get_slice(key)[row] for key in file.keys()  # noqa: SIM118
+                            if key not in ("digests", "checksums")}
+                is_intact = file.get_slice("checksums")[row] == checksum(encoding)
+        except (SafetensorError, OSError):
+            is_intact = False
+        if not is_intact:
+            del self.rows[digest]
+            return None
+        self.remember(caption, encoding)
         return encoding
+
+
+def checksum(encoding):
+    """CRC-32 of {key: tensor}."""
+    value = 0
+    for key in sorted(encoding):
+        value = zlib.crc32(encoding[key].contiguous().numpy(), value)
+    return value
 
 
 def text_encoding_hash(pipe, denoiser_name, network_config):

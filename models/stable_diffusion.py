@@ -10,9 +10,8 @@ import copy
 import torch
 from tqdm import tqdm
 
-from models import export, half_precision, pipelines
+from models import export, half_precision, pipelines, prompt_cache
 from models.denoiser import Denoiser
-from models.prompt_cache import PromptCache, text_encoding_hash
 from utils import distributed
 from utils.checkpoint import atomic_write, atomic_write_text
 from utils.messages import BadInput
@@ -46,6 +45,7 @@ class LatentDenoiser(Denoiser):
     submodules of the model; `unload_text_encoders` drops it."""
 
     is_large = True
+    keeps_text_encoders = False        # True: there are too many captions to encode them before the training
     sample_batch_size = 4
     component_name = "unet"            # of the trained network in the pipeline
 
@@ -72,7 +72,8 @@ class LatentDenoiser(Denoiser):
         half_precision.run_in_fp32(self.output_layer)
         self.vae.enable_gradient_checkpointing()
         self._pipe = [pipe]
-        self.prompt_cache = PromptCache(text_encoding_hash(pipe, type(self).__name__, self.network.config))
+        self.prompt_cache = prompt_cache.PromptCache(
+            prompt_cache.text_encoding_hash(pipe, type(self).__name__, self.network.config))
 
     @property
     def output_layer(self):
@@ -116,39 +117,72 @@ class LatentDenoiser(Denoiser):
         """B strings -> {"text": (B, N, D), "pooled": (B, P)}, by the pipeline's own encode_prompt."""
         raise NotImplementedError
 
-    def text_encoders_to(self, device):
-        for name, component in self._pipe[0].components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to(device)
+    def text_encoders(self):
+        return [component for name, component in self._pipe[0].components.items()
+                if name.startswith("text_encoder") and component is not None]
 
     @torch.no_grad()
     def cache_prompt_embeds(self, captions):
-        """Encode the captions that are not in the cache yet."""
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self.prompt_cache]
-        if missing and not self._pipe:
-            raise BadInput(f"the text encoders are unloaded and have not encoded '{missing[0][:80]}'")
-        device = distributed.get_device()
-        for i in tqdm(range(0, len(missing), 64), "captions", disable=len(missing) < 5000):
-            self.text_encoders_to(device)
+        """Encode captions and put them into the cache, a file for each FILE_BYTES."""
+        if captions and not self._pipe:
+            raise BadInput(f"the text encoders are unloaded and have not encoded '{captions[0][:80]}', or "
+                           f"its encoding in {self.prompt_cache.folder} is damaged: start again")
+        device, pending, num_bytes = distributed.get_device(), [], 0
+        for i in tqdm(range(0, len(captions), 64), "captions", disable=len(captions) < 5000):
+            for encoder in self.text_encoders():
+                encoder.to(device)
             with torch.autocast(device.type, enabled=False):
-                encodings = self.encode_prompt(missing[i:i + 64])
-            for j, caption in enumerate(missing[i:i + 64]):
-                self.prompt_cache.store(caption, {key: value[j].clone().cpu()
-                                                  for key, value in encodings.items()})
+                encodings = self.encode_prompt(captions[i:i + 64])
+            pending.append({key: value.cpu() for key, value in encodings.items()})
+            num_bytes += 2 * sum(value.numel() for value in encodings.values())
+            is_last = i + 64 >= len(captions)
+            if num_bytes >= prompt_cache.FILE_BYTES or is_last:
+                start = i + 64 - 64 * len(pending)
+                self.prompt_cache.store(captions[start:i + 64], {
+                    key: torch.cat([encodings[key] for encodings in pending]) for key in pending[0]})
+                pending, num_bytes = [], 0
 
     def precompute_prompt_embeds(self, captions):
-        self.cache_prompt_embeds(captions[distributed.get_rank()::distributed.get_world_size()])
+        """Encode the captions of a run, each process its share; or, where they would need more than
+        DISK_BYTES, keep the text encoders and encode every batch when it is needed."""
+        captions = list(dict.fromkeys(captions))
+        row_bytes = sum(value[0].numel() * 2 for value in self.encode_prompts(captions[:1]).values())
+        gib = row_bytes * len(captions) / 2 ** 30
+        for caption in captions:
+            self.prompt_cache.digest(caption)                          # BadInput for what is no text
+        if row_bytes * len(captions) > prompt_cache.DISK_BYTES:
+            self.keep_text_encoders()
+            note = (f"their encodings would take {gib:,.0f} GiB, so each batch is encoded when it is needed; "
+                    "the text encoders stay in memory")
+        else:
+            share = captions[distributed.get_rank()::distributed.get_world_size()]
+            note = f"their encodings take {gib:.1f} GiB in {self.prompt_cache.folder}, up to 1 GiB in memory"
+        if len(captions) >= 1000 and distributed.get_rank() == 0:
+            print(f"{len(captions):,} captions: {note}")
+        if not self.keeps_text_encoders:
+            missing = [caption for caption in share if self.prompt_cache.load(caption) is None]
+            self.cache_prompt_embeds(missing)
         distributed.barrier()  # every caption has been encoded before any process goes on
+
+    def keep_text_encoders(self):
+        """In half precision on a GPU: CLIP in fp16, T5 in bf16, since fp16 overflows in it."""
+        self.keeps_text_encoders, self.prompt_cache.on_disk = True, False
+        for encoder in self.text_encoders():
+            if distributed.get_device().type == "cuda":
+                encoder.to(torch.bfloat16 if type(encoder).__name__.startswith("T5") else torch.float16)
 
     @torch.no_grad()
     def encode_prompts(self, captions, micro_cond=None):
-        self.cache_prompt_embeds(captions)
-        encodings = [self.prompt_cache.load(caption) for caption in captions]
-        return {key: torch.stack([encoding[key].float() for encoding in encodings]).to(self.alpha.device)
-                for key in encodings[0]}
+        encodings = {caption: self.prompt_cache.load(caption) for caption in captions}
+        missing = [caption for caption, encoding in encodings.items() if encoding is None]
+        self.cache_prompt_embeds(missing)
+        encodings |= {caption: self.prompt_cache.load(caption) for caption in missing}
+        return {key: torch.stack([encodings[caption][key] for caption in captions])
+                .to(self.alpha.device).float() for key in encodings[captions[0]]}
 
     def unload_text_encoders(self):
-        self._pipe.clear()
+        if not self.keeps_text_encoders:
+            self._pipe.clear()
 
     # ---------------------------------------------------------------------------------------- the network
 

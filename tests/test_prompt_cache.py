@@ -164,7 +164,7 @@ def test_cache_files_have_the_umasks_mode(pretrained, umask, mode):
     finally:
         os.umask(old)
     files = list(model.prompt_cache.folder.iterdir())
-    assert len(files) == 2
+    assert len(files) == 1
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
@@ -173,33 +173,93 @@ def test_loading_a_model_writes_nothing(pretrained, cache_home):
     assert not cache_home.exists()
 
 
-def test_processes_may_store_the_same_caption_at_once(cache_home):
+def test_processes_may_store_the_same_captions_at_once(cache_home):
     cache = prompt_cache.PromptCache("name")
-    encoding = {"text": torch.randn(1000, 100)}
+    encodings = {"text": torch.randn(2, 1000, 100)}
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: cache.store("a cat", encoding), range(40)))
-    assert torch.equal(prompt_cache.PromptCache("name").load("a cat")["text"], encoding["text"])
-    assert [path.suffix for path in cache.folder.iterdir()] == [".safetensors"]
+        list(pool.map(lambda _: cache.store(["a cat", "a dog"], encodings), range(20)))
+    other = prompt_cache.PromptCache("name")
+    for i, caption in enumerate(("a cat", "a dog")):
+        assert torch.equal(other.load(caption)["text"], encodings["text"][i].half())
+    assert {path.suffix for path in cache.folder.iterdir()} == {".safetensors"}
+    cache.store(["a bird"], {"text": torch.ones(1, 1000, 100)})        # by the first process, later
+    assert other.load("a bird")["text"].min() == 1
+    assert other.load("a fish") is None
+
+
+def test_many_captions_are_few_files_of_half_the_bytes(pretrained, monkeypatch):
+    model = build_model(pretrained, "sd15")
+    captions = [f"a cat of kind {i}" for i in range(150)]
+    row_bytes = 2 * (77 * 32 + 32)
+    monkeypatch.setattr(prompt_cache, "FILE_BYTES", 100 * row_bytes)
+    model.precompute_prompt_embeds(captions)
+    files = list(model.prompt_cache.folder.iterdir())
+    assert len(files) == 3                                             # of 1, of 128 and of 21 captions
+    assert sum(path.stat().st_size for path in files) < 1.1 * 150 * row_bytes
+    later = build_model(pretrained, "sd15")
+    later.unload_text_encoders()
+    exact = model.encode_prompt(captions[70:140])
+    for key, value in later.encode_prompts(captions[70:140]).items():
+        torch.testing.assert_close(value, exact[key], rtol=1e-3, atol=1e-3)
+
+
+def test_too_many_captions_are_encoded_batch_by_batch(pretrained, monkeypatch, capsys):
+    captions = [f"a cat of kind {i}" for i in range(1000)]
+    monkeypatch.setattr(prompt_cache, "DISK_BYTES", 2 ** 20)
+    model = build_model(pretrained, "sd15")
+    model.precompute_prompt_embeds(captions)
+    model.unload_text_encoders()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "1,000 captions" in printed
+    assert "each batch is encoded when it is needed" in printed
+    num_files = len(list(model.prompt_cache.folder.iterdir()))
+    cond = model.encode_prompts(captions[500:502])
+    assert torch.equal(model.encode_prompts(captions[500:502])["text"], cond["text"])
+    torch.testing.assert_close(cond["text"], model.encode_prompt(captions[500:502])["text"], rtol=1e-3,
+                               atol=1e-3)
+    assert len(list(model.prompt_cache.folder.iterdir())) == num_files
+    with pytest.raises(ValueError, match="half a character"):
+        model.precompute_prompt_embeds([*captions, "a \ud83d cat"])
 
 
 def test_memory_holds_a_limited_number(cache_home, monkeypatch):
     cache = prompt_cache.PromptCache("name")
-    monkeypatch.setattr(prompt_cache, "MEMORY_BYTES", 4000)
-    for i in range(10):
-        cache.store(str(i), {"text": torch.full((250,), float(i))})
+    monkeypatch.setattr(prompt_cache, "MEMORY_BYTES", 2000)
+    cache.store([str(i) for i in range(10)], {"text": torch.arange(10.)[:, None].expand(10, 250)})
     for i in [*range(10), 0]:
         assert cache.load(str(i))["text"][0] == i
     assert 3 <= len(cache.in_memory) <= 5
 
 
-def test_a_damaged_file_and_a_read_only_folder_are_one_sentence(pretrained, cache_home, monkeypatch):
+@pytest.mark.parametrize("damage", ["cut", "one bit", "gone"])
+def test_damaged_encodings_are_computed_again(pretrained, damage):
+    model = build_model(pretrained, "sd15")
+    before = model.encode_prompts(CAPTIONS)
+    path, = model.prompt_cache.folder.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        content[-100] ^= 4
+        path.write_bytes(content[:-50] if damage == "cut" else content)
+    again = build_model(pretrained, "sd15")
+    again.precompute_prompt_embeds(CAPTIONS)
+    again.unload_text_encoders()
+    for key, value in again.encode_prompts(CAPTIONS).items():
+        torch.testing.assert_close(value, before[key], rtol=1e-3, atol=1e-3)
+
+
+def test_a_damaged_encoding_without_encoders_and_a_read_only_folder_are_one_sentence(pretrained, cache_home,
+                                                                                    monkeypatch):
     model = build_model(pretrained, "sd15")
     model.encode_prompts(CAPTIONS)
-    path = model.prompt_cache.path(CAPTIONS[0])
+    path, = model.prompt_cache.folder.iterdir()
     path.write_bytes(path.read_bytes()[:50])
-    model.prompt_cache.in_memory.clear()
-    with pytest.raises(ValueError, match="is damaged: delete it"):
-        model.encode_prompts(CAPTIONS)
+    without = build_model(pretrained, "sd15")
+    without.unload_text_encoders()
+    with pytest.raises(ValueError, match="is damaged: start again"):
+        without.encode_prompts(CAPTIONS)
     (cache_home.parent / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home.parent / "file"))
     with pytest.raises(OSError, match="set XDG_CACHE_HOME to another folder"):
@@ -219,7 +279,7 @@ model = load_denoiser("sd15", {str(pretrained / "sd15")!r}, {RESOLUTION})
 for name in ("", {str(tmp_path / "chosen")!r}):
     os.environ["XDG_CACHE_HOME"] = name
     model.encode_prompts(["a cat"])
-    print(model.prompt_cache.path("a cat"))
+    print(model.prompt_cache.folder)
 """
     (tmp_path / "temporary").mkdir()
     environment = {key: value for key, value in os.environ.items() if key != "HOME"}

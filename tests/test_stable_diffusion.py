@@ -124,7 +124,8 @@ def test_sd15s_pooled_embedding_is_clips_own(pretrained):
     model = build_model(pretrained, "sd15")
     pipe = model._pipe[0]
     ids = pipe.tokenizer(CAPTIONS, padding="max_length", return_tensors="pt").input_ids
-    torch.testing.assert_close(model.encode_prompts(CAPTIONS)["pooled"], pipe.text_encoder(ids).pooler_output)
+    torch.testing.assert_close(model.encode_prompts(CAPTIONS)["pooled"], pipe.text_encoder(ids).pooler_output,
+                               rtol=1e-3, atol=1e-3)                   # the cache has fp16
 
 
 def test_sdxl_receives_the_size_of_the_original_image(pretrained):
