@@ -91,6 +91,9 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         if model.is_large and self.t_max != 1:
             raise ValueError("t_max is 1 for Stable Diffusion: diffusers' schedulers sample its students and "
                              "know no other")
+        if model.is_large and self.distill_weighting == "nfsd" and self.distill_space == "pixel":
+            raise ValueError("distill_weighting=nfsd wants distill_space=latent for Stable Diffusion: its "
+                             "target is no latent of an image, so the VAE decodes nothing sensible from it")
         if is_sharded and self.backward_simulation_prob:
             raise ValueError("--fsdp wants backward_simulation_prob=0: all processes must call the network "
                              "equally often")

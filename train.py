@@ -24,9 +24,9 @@ from utils.distributed import all_reduce_sum_, clip_grad_norm
 from utils.training_state import DIAGNOSE_WINDOW, TrainingState, diagnose_discriminator, prepare_networks
 
 METHODS = {"adt": Method(adt, {}, 300, 2000, 128, adt.PRESETS, {"sdxl": 512}),
-           "add": Method(add, {}, 600, 10000, 64, add.PRESETS, dict.fromkeys(loading.MODEL_FAMILIES, 512)),
-           # fine-tuning without a discriminator
-           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, 2000, 64, adt.DIFFUSION_PRESETS)}
+           "add": Method(add, {}, 600, 10000, 64, add.PRESETS, dict.fromkeys(loading.MODEL_FAMILIES, 512),
+                         "all"),
+           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, 2000, 64, adt.DIFFUSION_PRESETS)}  # without D
 MODELS = ["tiny", *loading.MODEL_FAMILIES]
 SAVE_EVERY_S = 60                      # seconds between two checkpoints of the tiny model
 

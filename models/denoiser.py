@@ -39,6 +39,7 @@ class Denoiser(nn.Module):
     metadata = {}                   # header of the file that the weights came from
     sample_batch_size = 100         # images sampled in one batch
     lora_rank = 0                   # rank of the LoRA adapters, 0 without
+    lora_targets = "attention"      # which layers have adapters
     precision = None                # of calls under autocast(): bf16, fp16, fp32; None: the hardware's best
     recomputes_blocks = False       # after enable_gradient_checkpointing
 
@@ -170,8 +171,8 @@ class Denoiser(nn.Module):
         """Shard the network over all processes. half_dtype: type of its calls; None: some are fp32."""
         distributed.apply_fsdp(self.network)
 
-    def add_lora(self, rank):
-        """Freeze the network and add trainable LoRA adapters of this rank."""
+    def add_lora(self, rank, targets="attention"):
+        """Freeze the network and add trainable LoRA adapters of this rank. targets: which layers get one."""
         raise ValueError("--lora-rank is for sd15, sdxl and sd3: this network is small enough to train fully")
 
     def enable_gradient_checkpointing(self):

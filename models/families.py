@@ -90,6 +90,6 @@ def load_run(model_name, run_dir, resolution, vae_path=None):
     if not run_config["lora_rank"] or is_circular or not lora_path.is_file():
         raise FileNotFoundError(f"{run_dir} has no result yet: train.py --resume finishes the run")
     denoiser = load_denoiser(model_name, run_config["pretrained"], resolution, vae_path or run_config["vae"])
-    denoiser.add_lora(run_config["lora_rank"])
+    denoiser.add_lora(run_config["lora_rank"], run_config["lora_targets"])
     denoiser.load_lora(lora_path)
     return denoiser

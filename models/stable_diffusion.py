@@ -16,8 +16,14 @@ from utils import distributed
 from utils.checkpoint import atomic_write, atomic_write_text
 from utils.messages import BadInput
 
-# the attention layers of U-Nets and of SD3's transformer
-LORA_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+# Layers that get LoRA adapters, by the ends of their names, in U-Nets and in SD3's transformer. "all" is the
+# recipe of LCM-LoRA: a few-step student has to change more than its attention.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+LORA_TARGETS = {"attention": ATTENTION, "all": [
+    *ATTENTION, "proj_in", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
+    "downsamplers.0.conv", "upsamplers.0.conv", "attentions.0.proj_out", "attentions.1.proj_out",
+    "attentions.2.proj_out", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear",
+    "norm1_context.linear"]}
 
 
 def schedule_from_diffusers(scheduler):
@@ -232,19 +238,23 @@ class LatentDenoiser(Denoiser):
 
     # ------------------------------------------------------------------------------------------------ LoRA
 
-    def add_lora(self, rank):
-        """Freeze the network and add adapters to its attention. Adapters of an earlier run are trained on."""
+    def add_lora(self, rank, targets="attention"):
+        """Freeze the network and add adapters; targets: a key of LORA_TARGETS. Adapters of an earlier run are
+        trained on."""
         from peft import LoraConfig
         from peft.tuners.tuners_utils import BaseTunerLayer
         if self.lora_rank not in (0, rank):
             raise ValueError(f"--lora-rank {rank}: the run that --pretrained names has adapters of rank "
                              f"{self.lora_rank}")
+        if self.lora_rank and self.lora_targets != targets:
+            raise ValueError(f"--lora-targets {targets}: the run that --pretrained names has adapters on "
+                             f"{self.lora_targets}")
         if self.lora_rank:
             return
-        self.lora_rank = rank
+        self.lora_rank, self.lora_targets = rank, targets
         self.network.requires_grad_(False)
         self.network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
-                                            target_modules=LORA_MODULES))
+                                            target_modules=LORA_TARGETS[targets]))
         self.lora_layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
 
     def load_lora(self, path):

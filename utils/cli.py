@@ -73,6 +73,9 @@ def add_large_model_arguments(group, methods):
     ranks = ", ".join(f"{name} {method.lora_rank}" for name, method in methods.items())
     group.add_argument("--lora-rank", type=int, metavar="RANK",
                        help=f"rank of the LoRA adapters that are trained (default: {ranks})")
+    targets = ", ".join(f"{name} {method.lora_targets}" for name, method in methods.items())
+    group.add_argument("--lora-targets", choices=["attention", "all"], help="layers that get adapters: those "
+                       f"of the attention, or all but the outermost (default: {targets})")
     group.add_argument("--full", action="store_true", default=None,
                        help="train all weights of the network instead of LoRA adapters")
     group.add_argument("--resolution", type=int, help="pixels, both sides (default: the checkpoint's own, "
@@ -143,7 +146,7 @@ def check_options(args, methods, models):
         raise ValueError(f"unknown method '{args.method}': wanted {', '.join(methods)}")
     if args.model not in (None, *models):
         raise ValueError(f"unknown model '{args.model}': wanted {', '.join(models)}")
-    for name in ("lora_rank", "gradient_checkpointing", "full", "vae"):
+    for name in ("lora_rank", "lora_targets", "gradient_checkpointing", "full", "vae"):
         if args.model in (None, "tiny") and getattr(args, name):
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} is for Stable Diffusion: the tiny model is trained as a whole")
@@ -168,7 +171,8 @@ def new_run_config(args, methods, models, default_data):
         "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
         "resolution": args.resolution,
         "random_flip": bool(args.random_flip), "random_crop": bool(args.random_crop),
-        "lora_rank": initial_lora_rank(args, method.lora_rank) if is_large and not args.full else 0,
+        "lora_rank": initial_lora(args, "lora_rank", method) if is_large and not args.full else 0,
+        "lora_targets": initial_lora(args, "lora_targets", method) if is_large else "attention",
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
         "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
         "world_size": distributed.get_world_size(), "seed": args.seed or 0, "overrides": args.overrides,
@@ -182,14 +186,17 @@ def new_run_config(args, methods, models, default_data):
     return run_config
 
 
-def initial_lora_rank(args, default):
-    """--lora-rank, or that of the adapters in the run that --pretrained names, or the method's default."""
+def initial_lora(args, key, method):
+    """lora_rank or lora_targets: the option, or that of the adapters in the run that --pretrained names, or
+    the method's default."""
+    default, wanted = getattr(method, key), getattr(args, key)
     pretrained_config = Path(args.pretrained or "", "config.json")
-    if args.lora_rank or not args.pretrained or not pretrained_config.is_file():
-        return args.lora_rank or default
+    if wanted or not args.pretrained or not pretrained_config.is_file():
+        return wanted or default
     if (pretrained_config.parent / "model_index.json").is_file():      # not a run
         return default
-    return checkpoint.load_run_config(pretrained_config)["lora_rank"] or default
+    initial = checkpoint.load_run_config(pretrained_config)
+    return initial[key] if initial["lora_rank"] else default
 
 
 def read_prompts(args):

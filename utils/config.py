@@ -22,6 +22,7 @@ class Method(NamedTuple):
     lora_rank: int = 64                # of Stable Diffusion without --full
     presets: dict = {}                 # {model, "MODEL lora" or "MODEL full": {setting: (value, source)}}
     max_resolution: dict = {}          # {model: training resolution if the checkpoint's own is larger}
+    lora_targets: str = "attention"    # of Stable Diffusion without --full: which layers get adapters
 
 
 # ---------------------------------------------------------------------------------------- shared settings

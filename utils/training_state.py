@@ -291,7 +291,7 @@ def prepare_networks(model, run_config, needs_teacher, random_init):
         raise ValueError("--full: the weights that --pretrained names are LoRA adapters: train these on "
                          "without --full, or name a whole pipeline")
     if run_config["lora_rank"]:
-        model.add_lora(run_config["lora_rank"])
+        model.add_lora(run_config["lora_rank"], run_config["lora_targets"])
     model.precision = run_config["precision"]
     half_dtype = precision.compute_dtype(model.precision)
     teacher = None
