@@ -168,6 +168,7 @@ class LatentDenoiser(Denoiser):
         if not self.keeps_text_encoders:
             missing = [caption for caption in share if self.prompt_cache.load(caption) is None]
             self.cache_prompt_embeds(missing)
+        self.prompt_cache.on_disk = False  # a stream has other captions in every batch
         distributed.barrier()  # every caption has been encoded before any process goes on
 
     def keep_text_encoders(self):

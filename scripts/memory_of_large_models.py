@@ -11,7 +11,7 @@ import argparse
 import itertools
 import json
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -28,6 +28,7 @@ from models.stable_diffusion import LatentDenoiser
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
 
+PLAIN_FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "linear", "group_norm", "layer_norm")}
 GPU_TFLOPS = 400                       # an H100 in bf16, at a usual utilisation
 LORA_RANK = 64                         # that is measured; the number of adapter weights is proportional to it
 
@@ -154,14 +155,32 @@ def full_size_models(model_name, resolution):
     vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512),
                                   down_block_types=("DownEncoderBlock2D",) * 4,
                                   up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-                                  latent_channels=channels).requires_grad_(False)
+                                  latent_channels=channels).requires_grad_(False).train()
+    vae.enable_gradient_checkpointing()
+    for param in vae.parameters():
+        param.data = param.data.bfloat16()
     backbone = load_dino("random").requires_grad_(False)
     z = torch.randn(1, channels, resolution // 8, resolution // 8)
     image = torch.randn(1, 3, resolution, resolution)
-    calls = {"network": call_network, "encode": lambda: vae.encoder(image),
-             "decode": lambda: vae.decode(z.requires_grad_()).sample,
+    calls = {"network": call_network, "encode": lambda: vae.encoder(image.bfloat16()),
+             "decode": lambda: vae.decode(z.requires_grad_().bfloat16()).sample,
              "backbone": lambda: backbone(image.requires_grad_())[0][-1]}
     return network, vae, backbone, calls
+
+
+def measure_parts(calls, params):
+    """-> {part: result of measure_call}, and "network graph": GiB of the graph of one call. The VAE computes
+    without autocast."""
+    costs = {}
+    for part, call in calls.items():
+        is_vae = part in ("encode", "decode")
+        with patch.multiple(F, **PLAIN_FUNCTIONS) if is_vae else nullcontext():
+            costs[part] = measure_call(call, params)
+    with AllocationTracker(params) as tracker:
+        y = calls["network"]()
+        costs["network graph"] = tracker.live_bytes / 2 ** 30
+        del y
+    return costs
 
 
 def measure_call(call, params):
@@ -184,30 +203,36 @@ def measure_call(call, params):
     return tracker.peak_bytes / 2 ** 30, forward_flops / 1e12, (all_flops - forward_flops) / 1e12
 
 
-def step_cost(method, config, costs):
-    """costs: {part: result of measure_call} -> GiB of activations as a function of the batch size, TFLOP of a
-    training step per image."""
-    graph_gib, network_fwd, network_bwd = costs["network"]
+def step_cost(method, config, costs, recomputes_blocks, is_eps_model):
+    """costs: result of measure_parts -> GiB of activations as a function of the batch size, TFLOP of a
+    training step per image. network_gib: peak of one call and its backward pass; with recomputed blocks the
+    graphs of all calls of ADT are kept, which hold the blocks' inputs only."""
+    network_gib, network_fwd, network_bwd = costs["network"]
+    graph_gib = costs["network graph"]
     encoder_fwd = costs["encode"][1]
     decoder_gib, decoder_fwd, decoder_bwd = costs["decode"]
     backbone_gib, backbone_fwd, backbone_bwd = costs["backbone"]
-    decoder_bwd += decoder_fwd                                         # one image at a time, recomputed
     diffusion_tflop = encoder_fwd + network_fwd + network_bwd
     if method == "diffusion":
-        return (lambda n: n * graph_gib), diffusion_tflop
+        return (lambda n: n * network_gib), diffusion_tflop
     if method == "add":                                                # the teacher's target is decoded, too
         teacher_tflop = config.teacher_steps * network_fwd
         image_tflop = 2 * decoder_fwd + decoder_bwd + 4 * backbone_fwd + backbone_bwd
-        return (lambda n: n * graph_gib + decoder_gib + n * backbone_gib), (
+        fp32_factor = 2 if is_eps_model else 1                         # models/denoiser.py, precision_for
+        return (lambda n: n * fp32_factor * network_gib + decoder_gib + n * backbone_gib), (
             diffusion_tflop + teacher_tflop + image_tflop)
     mean_steps = (config.num_inference_steps + 1) / 2                  # the start is uniform over the path
     cfg_factor = 2 if config.guidance_scale != 1 else 1
-    path_tflop = cfg_factor * (mean_steps * network_fwd
-                               + config.num_grad_steps * (network_fwd + network_bwd))   # recomputed
+    # without recomputed blocks whole calls are recomputed, also that of the diffusion loss
+    recomputed_fwd = 0 if recomputes_blocks else network_fwd
+    path_tflop = recomputed_fwd + cfg_factor * (mean_steps * network_fwd + config.num_grad_steps
+                                                * (recomputed_fwd + network_bwd))
     image_tflop = 2 * decoder_fwd + decoder_bwd + 6 * backbone_fwd + backbone_bwd
 
+    num_graphs = 1 + config.num_grad_steps * cfg_factor if recomputes_blocks else 0
+
     def activations_gib(n):
-        return n * graph_gib + max(decoder_gib + n * backbone_gib, n * cfg_factor * graph_gib)
+        return n * num_graphs * graph_gib + max(decoder_gib + n * backbone_gib, n * cfg_factor * network_gib)
 
     return activations_gib, diffusion_tflop + path_tflop + image_tflop
 
@@ -234,11 +259,10 @@ def measure_model(model_name, tuning, resolution):
         if param.requires_grad:
             param.register_post_accumulate_grad_hook(free_grad)
     params = [*network.parameters(), *frozen_params]
-    costs = [{part: measure_call(call, params) for part, call in calls.items()}]
+    costs = [measure_parts(calls, params)]
     network.train()
-    vae.train()
     LatentDenoiser.enable_gradient_checkpointing(model)
-    costs.append({part: measure_call(call, params) for part, call in calls.items()})
+    costs.append(measure_parts(calls, params))
     return num_params, num_adapter_params, sum(param.numel() for param in frozen_params), costs
 
 
@@ -267,7 +291,8 @@ def estimate_all():
                 gib = fixed_bytes(method_name, tuning, method.lora_rank, *sizes) / 2 ** 30
                 config = train.build_config(method_name, [], model_name, tuning == "lora")
                 for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
-                    activations_gib, tflop = step_cost(method_name, config, costs_of_parts)
+                    activations_gib, tflop = step_cost(method_name, config, costs_of_parts, bool(suffix),
+                                                       not model_name.startswith("sd3"))
                     per_image = (activations_gib(9) - activations_gib(1)) / 8
                     estimates[f"{method_name} {model_name} {tuning}{suffix}"] = {
                         "resolution": resolution, "batch_size": config.batch_size,
