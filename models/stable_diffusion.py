@@ -184,8 +184,9 @@ class LatentDenoiser(Denoiser):
         missing = [caption for caption, encoding in encodings.items() if encoding is None]
         self.cache_prompt_embeds(missing)
         encodings |= {caption: self.prompt_cache.load(caption) for caption in missing}
-        return {key: torch.stack([encodings[caption][key] for caption in captions])
-                .to(self.alpha.device).float() for key in encodings[captions[0]]}
+        # in fp32: autocast to bf16 refuses to stack fp16
+        return {key: torch.stack([encodings[caption][key].float() for caption in captions])
+                .to(self.alpha.device) for key in encodings[captions[0]]}
 
     def unload_text_encoders(self):
         if not self.keeps_text_encoders:
