@@ -1,15 +1,16 @@
 """Where bf16 is too coarse: predictions of x0 from pure noise, and weights that do not fit their inputs."""
-# ruff: noqa: F811, F401
 
 import pytest
 import torch
-from tiny_families import CAPTIONS, FAMILIES, build_model, cache_home, pretrained, trainable
+from tiny_families import CAPTIONS, FAMILIES, build_model, trainable
 
 import add
 import sampler
 from conftest import Toy, family_schedule
 from models import half_precision
 from models.denoiser import MAX_AMPLIFICATION
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def bf16():

@@ -1,5 +1,4 @@
 """Which layers get adapters, and that plain diffusers loads all of them."""
-# ruff: noqa: F811, F401
 
 import json
 
@@ -11,8 +10,6 @@ from tiny_families import (
     FAMILIES,
     RESOLUTION,
     build_model,
-    cache_home,
-    pretrained,
     setup_run,
     train_args,
     trainable,
@@ -21,6 +18,8 @@ from tiny_families import (
 
 import train
 from models import loading, stable_diffusion
+
+pytestmark = pytest.mark.usefixtures("cache_home")
 
 
 def adapted_layers(model):
