@@ -149,8 +149,9 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
     for a, b in zip(single_log, pair_log, strict=True):
         assert a.keys() == b.keys()
         for key in a:
+            log_tolerance = 2e-2 if is_fsdp else 2e-3  # one of 150 logits may change its sign
             if not key.startswith("grad_norm/"):  # measured in each process on its own batches
-                assert abs(a[key] - b[key]) <= 2e-3 * max(1, abs(a[key])), key
+                assert abs(a[key] - b[key]) <= log_tolerance * max(1, abs(a[key])), key
 
 
 def test_a_sharded_run_resumes(pretrained, server, tmp_path):
