@@ -100,7 +100,7 @@ def measure_all(args):
     if args.model != "tiny":
         raise ValueError(f"--model {args.model}: the panel measures tiny models; evaluate.py measures large "
                          "ones with --dinov2 and --clip")
-    loaded = load_named_models(args.models, evaluate.PRETRAINED, args.data)
+    loaded = load_named_models(args.models, evaluate.PRETRAINED, args.data, resolution=args.resolution)
     if any(item.model.is_large for item in loaded):
         raise ValueError("the panel measures tiny models; evaluate.py measures large ones with --dinov2 and "
                          "--clip")
