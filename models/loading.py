@@ -7,6 +7,7 @@ Read next: train.py"""
 from pathlib import Path
 
 from models.backbones import EvalClassifier, TinyCNN, TinyViT, load_dino
+from models.efficientnet import EfficientNetLite0
 from models.families import MODEL_FAMILIES, load_denoiser
 from models.tiny import TinyDenoiser
 from utils.checkpoint import load_state_dict_strict, load_weights
@@ -55,6 +56,13 @@ def load_backbone(model_name, dataset_name, kind="vit", source=None, weights_dir
 def load_eval_classifier(dataset_name, weights_dir=None):
     """The pretrained evaluation classifier of a data set."""
     return load_frozen(EvalClassifier, weights_path("eval_classifier", dataset_name, weights_dir))
+
+
+def load_efficientnet():
+    """The network of the panel, trained on ImageNet, frozen."""
+    path = WEIGHTS_DIR / "panel" / "efficientnet_lite0.safetensors"
+    network = load_state_dict_strict(EfficientNetLite0(), load_weights(path)[0], path)
+    return network.eval().requires_grad_(False)
 
 
 def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_path=None,

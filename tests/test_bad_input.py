@@ -24,7 +24,7 @@ import train
 from conftest import ROOT
 from models import named
 from models.loading import load_model
-from scripts import benchmark, pretrain, run_study, user_study
+from scripts import benchmark, panel, pretrain, run_study, user_study
 
 STRANGE_TEXTS = {
     "empty": "", "blank": "  \t ", "10,000 characters": "cat " * 2500, "one long word": "c" * 10000,
@@ -72,11 +72,16 @@ COMMAND_LINES = {  # main: arguments, separated by | or a line break
         add --output-dir README.md | --nonsense | adt --seeds 0 | adt --seeds -1 | adt --steps 0
         adt --steps -5""",
     user_study: "base | base add | base add --prompts-file nowhere | --count nowhere | --nonsense",
+    panel: """base --steps 0 | base --steps x | base --stochasticity 3 | base --eval-samples 20
+        base --eval-samples 99999999 | base --data cats | base --output tests | base --output x.png | nowhere
+        base --model sd15 | base --resolution 64 | --nonsense""",
     benchmark: "nothing | start --output /nowhere/x.md | start --output tests | --nonsense"}
 # the option that says where a program writes, so that no case writes into the repository
 OUTPUT_OPTIONS = {train: "--output-dir", evaluate: "--output", pretrain: "--output-dir", data: "--output",
-                  run_study: "--output-dir", user_study: "--output", benchmark: "--output"}
-OUTPUT_NAMES = {evaluate: "grid.png", data: "sheet.png", user_study: "study.html", benchmark: "table.md"}
+                  run_study: "--output-dir", user_study: "--output", panel: "--output",
+                  benchmark: "--output"}
+OUTPUT_NAMES = {evaluate: "grid.png", data: "sheet.png", user_study: "study.html", panel: "panel.md",
+                benchmark: "table.md"}
 
 
 def command_lines():

@@ -1,4 +1,4 @@
-"""The arguments that evaluate.py and scripts/user_study.py share: which models, and how they are sampled.
+"""The arguments that evaluate.py, panel.py and user_study.py share: which models, and how they are sampled.
 
 Read next: evaluate.py"""
 
