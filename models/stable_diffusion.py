@@ -139,7 +139,7 @@ class LatentDenoiser(Denoiser):
                 encoder.to(device)
             with torch.autocast(device.type, enabled=False):
                 encodings = self.encode_prompt(captions[i:i + 64])
-            pending.append({key: value.cpu() for key, value in encodings.items()})
+            pending.append({key: value.float().cpu() for key, value in encodings.items()})
             num_bytes += 2 * sum(value.numel() for value in encodings.values())
             is_last = i + 64 >= len(captions)
             if num_bytes >= prompt_cache.FILE_BYTES or is_last:
@@ -184,7 +184,7 @@ class LatentDenoiser(Denoiser):
         missing = [caption for caption, encoding in encodings.items() if encoding is None]
         self.cache_prompt_embeds(missing)
         encodings |= {caption: self.prompt_cache.load(caption) for caption in missing}
-        # in fp32: autocast to bf16 refuses to stack fp16
+        # in fp32, as above: autocast to bf16 refuses to join tensors in fp16
         return {key: torch.stack([encodings[caption][key].float() for caption in captions])
                 .to(self.alpha.device) for key in encodings[captions[0]]}
 
