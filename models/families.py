@@ -23,6 +23,11 @@ def is_run_dir(source):
     return (Path(source) / "config.json").is_file() and not (Path(source) / "model_index.json").is_file()
 
 
+def is_hub_id(source):
+    """Whether a name has the form of a hub id, OWNER/NAME, and not of a path."""
+    return source.count("/") == 1 and source[0] not in "./~"
+
+
 def check_source(source, model_name, class_name):
     """ValueError or OSError unless `source` is a folder, file or hub repository of this pipeline class."""
     path = Path(source)
@@ -33,7 +38,7 @@ def check_source(source, model_name, class_name):
     is_folder = (path / "model_index.json").is_file()
     if path.exists() and not is_folder:
         raise ValueError(f"--pretrained {source}: wanted a diffusers folder, found no model_index.json in it")
-    if not is_folder and (source.count("/") != 1 or source[0] in "./~"):
+    if not is_folder and not is_hub_id(source):
         raise FileNotFoundError(f"--pretrained {source}: no such folder, and no hub id either (OWNER/NAME)")
     index = pipelines.read_model_index(source) if is_folder else hub.remote_model_index(source)
     if index.get("_class_name") != class_name:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from models import hub
-from models.families import MODEL_FAMILIES
+from models.families import MODEL_FAMILIES, is_hub_id
 from utils import distributed, precision, report
 
 ESTIMATES = Path(__file__).with_name("estimates.json")
@@ -44,7 +44,8 @@ def check_machine(run_config, config):
     """ValueError with one sentence if a large model cannot be trained on this machine. Weights in a local
     folder may be trained without a GPU: tiny networks are, and large ones by those who have the time."""
     model_name, pretrained = run_config["model"], run_config["pretrained"]
-    if model_name == "tiny" or (pretrained and Path(pretrained).exists()):
+    is_downloaded = pretrained is None or is_hub_id(pretrained) and not Path(pretrained).exists()
+    if model_name == "tiny" or not is_downloaded:
         return
     if not torch.cuda.is_available():
         has_mps = torch.backends.mps.is_available()
