@@ -120,8 +120,8 @@ def main(argv=None):
     with failures.clear_exit(parser, "panel"):
         rows = measure_all(args)
         table = (f"{plotting.metrics_table(rows)}\n\n{args.eval_samples:,} images in each row. Lower is "
-                 "better for fd, fd_efficientnet, sw_pixel, sw_patch, border; auc is best at .5; nyquist, "
-                 "nearest and caption_variance at 1; higher is better for the others.")
+                 "better for fd, fd_efficientnet, sw_pixel, sw_patch, border, grain; auc is best at .5; "
+                 "nyquist, nearest and caption_variance at 1; higher is better for the others.")
         print(table)
         checkpoint.atomic_write_text(args.output, table + "\n")
 

@@ -67,8 +67,9 @@ def test_faults_are_noticed(glyph_panel, real, fault):
     for metric, factor in FAULTS[fault].items():
         ratio = scores[metric] / floor[metric]
         assert ratio > factor if factor > 1 else ratio < factor, (metric, floor[metric], scores[metric])
-    assert (scores["border"] > .02) == (fault is add_grain)
-    assert floor["border"] < .001
+    for metric in ("border", "grain"):
+        assert (scores[metric] > .02) == (fault is add_grain)
+        assert floor[metric] < .001
 
 
 @pytest.mark.slow
@@ -141,6 +142,15 @@ def test_nyquist_is_the_amplitude_of_period_two():
     assert panel.nyquist_amplitude(slow) < 1e-3
 
 
+def test_grain_is_the_amplitude_of_period_two_along_the_border():
+    """Whatever else the border holds: a slow wave of 16 pixels; noise leaves .8 s / sqrt(W)."""
+    x = torch.arange(32)
+    image = (.03 * (-1.) ** x + .5 * torch.sin(x * torch.pi / 8)).expand(1, 3, 32, 32)
+    assert panel.border_grain(image) == pytest.approx(.03, rel=1e-4)
+    noise = torch.randn(2000, 3, 32, 32)
+    assert panel.border_grain(noise) == pytest.approx((2 / torch.pi / 32) ** .5, rel=.05)
+
+
 def test_variance_within_a_caption_ignores_that_between_captions():
     images = torch.zeros(4, 3, 2, 2)
     images[2:] = 1.
@@ -190,7 +200,7 @@ def test_the_command_writes_a_table_with_a_floor(tmp_path, monkeypatch, capsys):
     assert base[1] == "base, 1 step" and real_row[1] == "real images"
     scores = {name: (float(a), float(b)) for name, a, b in zip(header[2:-1], base[2:-1], real_row[2:-1])}
     assert scores.keys() >= {"fd", "recall", "fd_efficientnet", "sw_pixel", "sw_patch", "auc", "nyquist",
-                             "border", "nearest", "caption_variance"}
+                             "border", "grain", "nearest", "caption_variance"}
     for metric in ("fd", "fd_efficientnet", "sw_patch"):            # one step of the base gives a blur
         assert scores[metric][0] > 2 * scores[metric][1], metric
     assert scores["caption_variance"][0] < .5 and scores["caption_variance"][1] == 1

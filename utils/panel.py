@@ -9,6 +9,7 @@ metric here compares images with real ones without it:
     auc               a new small CNN tells real from generated on images it was not trained on: .5 is chance
     nyquist           strength of patterns of period two, 1 is that of real images
     border            flatness of the background: std along the upper and lower border
+    grain             the part of it that has period two
     nearest           distance to the nearest training image, 1 is that of unseen real images, 0 a copy
     caption_variance  variance among images of one caption, 1 is that of real images
 
@@ -63,6 +64,15 @@ def border_std(images):
     background is flat. A shape that reaches the border in some images does not change the median."""
     border = torch.cat([images[:, :, 0], images[:, :, -1]], 2)          # (N, 3, 2 W)
     return float(border.std(2).mean(1).median())
+
+
+def border_grain(images):
+    """Median over images of the amplitude of period two along the upper and lower border, mean over channels.
+    Independent noise of standard deviation s along a border of W pixels gives .8 s / sqrt(W)."""
+    border = torch.stack([images[:, :, 0], images[:, :, -1]], 2)        # (N, 3, 2, W)
+    signs = torch.ones(border.shape[-1])
+    signs[1::2] = -1
+    return float((border * signs).mean(-1).abs().mean((1, 2)).median())
 
 
 def thumbnails(images):
@@ -178,7 +188,8 @@ class Panel:
                   "sw_patch": 1000 * sliced_wasserstein(self.patches, patches),
                   "auc": two_sample_auc(self.reference, images),
                   "nyquist": nyquist_amplitude(images) / self.nyquist,
-                  "border": border_std(images)}
+                  "border": border_std(images),
+                  "grain": border_grain(images)}
         if self.train is not None:
             distances = nearest_distances(thumbnails(images), self.train)
             scores["nearest"] = float(distances.median() / self.nearest)
