@@ -61,7 +61,7 @@ def train_args(pretrained, name, *args):
         args = ["--no-gradient-checkpointing", *args]
     return ["--model", name, "--pretrained", str(pretrained / name), "--backbone", str(pretrained / "dino"),
             "--data", str(pretrained / "images"), "--resolution", str(RESOLUTION), "--eval-samples", "0",
-            "--set", "batch_size=2", *args]
+            "--set", "batch_size=2", "--set", "gradient_accumulation_steps=1", *args]
 
 
 def setup_run(pretrained, name, method, *args):

@@ -123,6 +123,8 @@ def resolve_run_config(args, methods, models, default_data):
     else:
         run_config = new_run_config(args, methods, models, default_data)
         run_dir = Path(args.output_dir) if args.output_dir else default_run_dir(run_config)
+    if run_config["method"] not in methods:                            # in the config.json of a resumed run
+        raise ValueError(f"unknown method '{run_config['method']}': wanted {', '.join(methods)}")
     if args.eval_samples is not None and not 0 <= args.eval_samples <= 10 ** 6:
         raise ValueError(f"--eval-samples {args.eval_samples}: wanted 0 to a million")
     if run_config["model"] == "tiny" and 0 < (args.eval_samples or 0) < MIN_EVAL_SAMPLES:
