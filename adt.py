@@ -96,8 +96,10 @@ LARGE = {
     "real_images": ("vae_reconstruction", "secondary"), "whiten_features": (False, "secondary"),
     "augment_strength": (1., "ours"), "instance_noise": (0., "ours"), "checkpoint_rollout": (True, "ours"),
     "warmup_steps_d": (100, "ours"), "ema_decay": (.999, "ours")}
-SD3 = {**LARGE, "num_inference_steps": (28, "ours"), "timestep_sampling": ("logit_normal", "secondary"),
-       "batch_size": (1, "ours")}
+SD3 = {**LARGE, "num_inference_steps": (28, "ours"), "num_grad_steps": (5, "ours"), "batch_size": (1, "ours"),
+       "guidance_scale": (7., "secondary"), "max_grad_norm": (.1, "ours"), "beta1": (.9, "ours"),
+       "timestep_sampling": ("logit_normal", "secondary")}
+SD35 = {**SD3, "guidance_scale": (4.5, "secondary")}
 SD3_LORA = {"lr": (2e-5, "ours"), "lr_d": (5e-5, "ours")}
 FULL = {"lr": (2e-6, "ours"), "lr_d": (5e-5, "ours")}
 PRESETS = {
@@ -108,8 +110,8 @@ PRESETS = {
     "sdxl lora": {"lr": (2e-5, "secondary"), "lr_d": (5e-5, "secondary")},
     "sdxl full": FULL,
     "sd3": SD3, "sd3 lora": SD3_LORA, "sd3 full": FULL,
-    "sd35": SD3, "sd35 lora": SD3_LORA, "sd35 full": FULL,
-    "sd35-large": SD3, "sd35-large lora": SD3_LORA, "sd35-large full": FULL}
+    "sd35": SD35, "sd35 lora": SD3_LORA, "sd35 full": FULL,
+    "sd35-large": SD35, "sd35-large lora": SD3_LORA, "sd35-large full": FULL}
 
 # Fine-tuning with the diffusion loss alone, where momentum does no harm: the rates of diffusers' examples.
 FINE_TUNING = {"beta1": (.9, "ours"), "lr_schedule": ("constant", "secondary"), "ema_decay": (.999, "ours"),
@@ -162,7 +164,7 @@ def generator_loss(model, teacher, disc, batch, config):
         captions = [c if keep else "" for c, keep in zip(batch.caption, keep_mask)]
         cond_dropped = model.encode_prompts(captions, batch.micro_cond)
     t = losses.sample_timesteps(len(x0), model.T, config.timestep_sampling).to(x0.device)
-    # otherwise its graph would be alive during the whole path
+    # recompute, so that this loss's graph does not stay in memory during the rollout
     recompute = config.checkpoint_rollout and config.lambda_adv > 0
     diffusion = losses.diffusion_loss(model, x0, t, torch.randn_like(x0), cond_dropped, recompute)
     if config.lambda_adv == 0:

@@ -144,8 +144,8 @@ def build_config(method_name, overrides, model_name="tiny", is_lora=False):
 
 
 def setup(args):
-    """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written;
-    ValueError or OSError with one sentence if the run is impossible."""
+    """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written
+    into the run folder; ValueError or OSError with one sentence if the run is impossible."""
     run_config, run_dir = cli.resolve_run_config(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
     method, model_name = METHODS[run_config["method"]], run_config["model"]
     saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
@@ -232,13 +232,13 @@ def run_training(args):
         reporter.close()
         if is_main:
             hub.push(run_config["push_to_hub"], run_dir)
-            print(f"run folder: {run_dir}    measure it: python evaluate.py base {run_dir}")
+            print(f"run folder: {run_dir}    measure it: {cli.evaluation_command(run_config, run_dir)}")
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
     with failures.clear_exit(parser, "train.py"):
-        if "help" in args.overrides:
+        if cli.wants_settings_help(args, METHODS, MODELS):
             print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full))
             return
         distributed.init_distributed()

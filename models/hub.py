@@ -47,8 +47,9 @@ def push(repository, run_dir):
     api = HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=str(run_dir), allow_patterns=RESULT_FILES)
+        api.upload_folder(repo_id=repository, folder_path=str(run_dir), allow_patterns=RESULT_FILES,
+                          ignore_patterns=["step_*"])
     except Exception as error:
         raise OSError(f"the run is complete, but its upload failed ({reason_of(error)}); try again with: "
-                      f"hf upload {repository} {run_dir}") from None
+                      f"hf upload {repository} {run_dir} --exclude checkpoint.pt 'step_*'") from None
     print(f"uploaded to https://huggingface.co/{repository}")

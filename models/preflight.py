@@ -67,10 +67,19 @@ def check_machine(run_config, config):
             f"{found:.0f}: {'; '.join(savings(run_config, config))}")
 
 
+def saves_memory(run_config, config):
+    """Whether gradient checkpointing needs less memory: without it ADT recomputes whole calls."""
+    gib = []
+    for checkpointing in (True, False):
+        estimate = load_estimate({**run_config, "gradient_checkpointing": checkpointing})
+        gib.append(expected_gib(estimate, config, estimate["resolution"]))
+    return gib[0] < gib[1]
+
+
 def savings(run_config, config):
     """What would need less memory."""
     ways = []
-    if not run_config["gradient_checkpointing"]:
+    if not run_config["gradient_checkpointing"] and saves_memory(run_config, config):
         ways.append("leave out --no-gradient-checkpointing")
     if not run_config["lora_rank"]:
         ways.append("train LoRA adapters (without --full)")

@@ -88,6 +88,8 @@ def test_too_little_memory_is_told_with_what_would_help(gpu):
                                          "--resolution; several GPUs"):
         check_memory("--model", "sd15")
     with pytest.raises(ValueError, match="leave out --no-gradient-checkpointing; train LoRA"):
+        check_memory("--method", "add", "--model", "sd15", "--full", "--no-gradient-checkpointing")
+    with pytest.raises(ValueError, match=r"has 2: train LoRA"):       # ADT recomputes whole calls without it
         check_memory("--model", "sd15", "--full", "--no-gradient-checkpointing")
     gpu(80)
     check_memory("--model", "sd15")
@@ -339,11 +341,11 @@ def test_a_result_is_uploaded(monkeypatch, tmp_path, capsys):
         def create_repo(self, repository, exist_ok):
             calls.append((repository, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path, allow_patterns):
-            calls.append((repo_id, folder_path, allow_patterns))
+        def upload_folder(self, repo_id, folder_path, allow_patterns, ignore_patterns):
+            calls.append((repo_id, folder_path, allow_patterns, ignore_patterns))
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     hub.push("me/model", tmp_path)
-    assert calls == [("me/model", True), ("me/model", str(tmp_path), hub.RESULT_FILES)]
+    assert calls == [("me/model", True), ("me/model", str(tmp_path), hub.RESULT_FILES, ["step_*"])]
     assert "checkpoint.pt" not in hub.RESULT_FILES
     assert "https://huggingface.co/me/model" in capsys.readouterr().out
     monkeypatch.setattr(Api, "upload_folder", lambda *args, **kwargs: 1 / 0)
@@ -465,3 +467,18 @@ def test_large_checkpoints_are_trained_at_512_pixels_where_the_method_says_so(pr
     assert loading.load_model("sd15", "", pretrained / "sd15", max_resolution=32).resolution == 32
     assert loading.load_model("sd15", "", pretrained / "sd15", max_resolution=512).resolution == RESOLUTION
     assert loading.load_model("sd15", "", pretrained / "sd15", 128, max_resolution=32).resolution == 128
+
+
+def test_the_command_at_the_end_of_a_run_names_the_model():
+    tiny = cli.evaluation_command({"model": "tiny"}, "runs/a b")
+    assert tiny == "python evaluate.py base 'runs/a b'"
+    large = cli.evaluation_command({"model": "sdxl"}, "runs/x")
+    assert large.startswith("python evaluate.py base runs/x --model sdxl --data ")
+
+
+@pytest.mark.parametrize("option,value", [("--method", "nope"), ("--model", "nope")])
+def test_help_on_the_settings_of_something_unknown_is_one_sentence(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.main([option, value, "--set", "help"])
+    assert ended.value.code == 2
+    assert f"unknown {option[2:]} 'nope'" in capsys.readouterr().err

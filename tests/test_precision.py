@@ -107,6 +107,8 @@ def test_schedules_of_the_learning_rate():
         assert factors[name][-1] < .02
     warm = [lr_factor("constant", step, 100, warmup_steps=4) for step in range(6)]
     assert warm == pytest.approx([.2, .4, .6, .8, 1, 1])
+    late = [lr_factor("constant", step, 100, 4, num_updates=step - 10) for step in (5, 10, 11, 20)]
+    assert late == pytest.approx([.2, .2, .4, 1])
 
 
 def test_8_bit_adam_without_its_package_is_one_sentence(monkeypatch):

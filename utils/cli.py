@@ -37,14 +37,14 @@ def make_parser(description, methods, models):
                         "shipped or public ones)")
     parser.add_argument("--backbone", metavar="PATH", help="folder or hub id of the discriminator's frozen "
                         "network (default: the shipped one; Stable Diffusion: facebook/dinov2-small)")
-    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
+    parser.add_argument("--seed", type=int, help="random seed (default: 0)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
                         help="change a setting; --set help lists all of them")
     add_large_model_arguments(parser.add_argument_group("Stable Diffusion"), methods)
     group = parser.add_argument_group("the run")
     group.add_argument("--steps", type=int, help="length of the whole run, also when resumed (default: "
                        f"{lengths})")
-    group.add_argument("--output-dir", help="run folder (default: runs/METHOD-DATA-SETTINGS-SEED)")
+    group.add_argument("--output-dir", help="run folder (default: runs/METHOD-MODEL-DATA-SETTINGS-SEED)")
     group.add_argument("--resume", metavar="DIR", help="continue the run in DIR with its own settings")
     group.add_argument("--allow-data-change", action="store_true", default=None,
                        help="with --resume: accept a data set that differs from the one at the start")
@@ -59,7 +59,7 @@ def make_parser(description, methods, models):
     group.add_argument("--validation-prompt", action="append", metavar="TEXT", dest="prompts",
                        help="caption of the grids of samples, may be repeated (default: from the data)")
     group.add_argument("--prompts", metavar="FILE", dest="prompts_file",
-                       help="such captions from a text file, one a line")
+                       help="captions of the grids of samples from a text file, one a line")
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="at every grid of samples also keep "
                        "the weights of that step, the last N of them, in step_STEPS folders (default: 0)")
     group.add_argument("--report-to", choices=["tensorboard", "wandb"],
@@ -84,7 +84,7 @@ def add_large_model_arguments(group, methods):
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                        help="recompute every block in the backward pass to save memory (default: yes)")
     group.add_argument("--precision", choices=precision.PRECISIONS,
-                       help="of the network calls (default: the best that the device computes itself)")
+                       help="number format of network calls (default: the best in hardware)")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile the network: "
                        "minutes at the start, faster steps afterwards; for the tiny model, too")
     group.add_argument("--fsdp", action="store_true", default=None,
@@ -99,6 +99,15 @@ def num_eval_samples(wanted, test_size):
     max_samples = test_size // 2 if test_size else EVAL_SAMPLES
     num_samples = min(EVAL_SAMPLES, max_samples)
     return num_samples if num_samples >= MIN_EVAL_SAMPLES else 0
+
+
+def evaluation_command(run_config, run_dir):
+    """The command that compares a finished run with the model that it started from."""
+    command = f"python evaluate.py base {shlex.quote(str(run_dir))}"
+    if run_config["model"] == "tiny":
+        return command
+    return (f"{command} --model {run_config['model']} --data HELD_OUT_IMAGES --steps 10,50 --dinov2 "
+            "facebook/dinov2-large --clip openai/clip-vit-large-patch14")
 
 
 def resume_command(run_dir, world_size):
@@ -161,6 +170,14 @@ def check_options(args, methods, models):
     if not 0 <= (args.seed or 0) < 2 ** 63:
         raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63 - 1")
     precision.check_precision(args.precision, args.fsdp)
+
+
+def wants_settings_help(args, methods, models):
+    """Whether --set help was given; ValueError if method or model are unknown then."""
+    if "help" not in args.overrides:
+        return False
+    check_options(args, methods, models)
+    return True
 
 
 def new_run_config(args, methods, models, default_data):

@@ -90,7 +90,7 @@ class TrainingState:
     def set_learning_rate(self):
         """The generator's rate follows lr_schedule; the discriminator's is constant."""
         lr = self.config.lr * lr_factor(self.config.lr_schedule, self.step, self.total_steps,
-                                        self.config.lr_warmup_steps)
+                                        self.config.lr_warmup_steps, self.step - self.warmup_steps_d)
         for group in self.opt_g.param_groups:
             group["lr"] = lr
 
@@ -256,11 +256,13 @@ class TrainingState:
             raise ValueError(f"{run_dir} is at step {self.step} already, past --steps {self.total_steps}")
 
 
-def lr_factor(schedule, step, total_steps, warmup_steps=0):
-    """Factor on the learning rate of a step: linear from 0 in the first warmup_steps, times the schedule."""
+def lr_factor(schedule, step, total_steps, warmup_steps=0, num_updates=None):
+    """Factor on the learning rate of a step: rises linearly in the first warmup_steps updates, times the
+    schedule. num_updates: of the generator so far (default: step)."""
+    num_updates = step if num_updates is None else max(0, num_updates)
     fraction = step / total_steps
     factor = {"constant": 1., "linear": 1 - fraction, "cosine": .5 * (1 + math.cos(math.pi * fraction))}
-    return factor[schedule] * min(1., (step + 1) / (warmup_steps + 1))
+    return factor[schedule] * min(1., (num_updates + 1) / (warmup_steps + 1))
 
 
 def make_optimizer(kind, params, lr, betas):
