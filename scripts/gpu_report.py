@@ -30,6 +30,7 @@ from models.families import MODEL_FAMILIES
 from models.hub import reason_of
 from models.preflight import expected_gib, load_estimate
 from scripts import tiny_pipelines
+from scripts.memory_of_large_models import full_size_network
 from utils import distributed
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
@@ -37,7 +38,6 @@ from utils.plotting import markdown_table
 ROOT = Path(__file__).parent.parent
 CELL_SECONDS = 120                     # a cell that takes longer is interrupted
 GIB = 2 ** 30
-TEXT_WIDTHS = {"sd15": (768,), "sdxl": (768, 1280), "sd3": (768, 1280, 4096)}  # of the text encoders
 
 
 # ----------------------------------------------------------------------------------- networks in full size
@@ -52,32 +52,21 @@ def full_size_pipeline(model_name, folder):
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=vae_channels,
         sample_size=MODEL_FAMILIES[model_name][3], scaling_factor=.18215).eval()
-    clip = tiny_pipelines.make_clip
+    clip, network = tiny_pipelines.make_clip, full_size_network(model_name)
     if model_name == "sd15":
-        unet = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
         return diffusers.StableDiffusionPipeline(
-            vae=vae, text_encoder=clip(tokenizer, 768), tokenizer=tokenizer, unet=unet,
+            vae=vae, text_encoder=clip(tokenizer, 768), tokenizer=tokenizer, unet=network,
             scheduler=diffusers.DDIMScheduler(**tiny_pipelines.BETAS), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False)
     if model_name == "sdxl":
-        unet = diffusers.UNet2DConditionModel(
-            128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816)
         return diffusers.StableDiffusionXLPipeline(
             vae=vae, text_encoder=clip(tokenizer, 768), text_encoder_2=clip(tokenizer, 1280, 1280),
-            tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
+            tokenizer=tokenizer, tokenizer_2=tokenizer, unet=network,
             scheduler=diffusers.EulerDiscreteScheduler(**tiny_pipelines.BETAS))
-    transformer = diffusers.SD3Transformer2DModel(
-        128, 2, 16, 24, num_attention_heads=24, caption_projection_dim=1536, pooled_projection_dim=2048,
-        pos_embed_max_size=192)
     return diffusers.StableDiffusion3Pipeline(
         vae=vae, text_encoder=clip(tokenizer, 768, 768), text_encoder_2=clip(tokenizer, 1280, 1280),
         text_encoder_3=tiny_pipelines.make_t5(4096), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        tokenizer_3=tiny_pipelines.make_t5_tokenizer(), transformer=transformer,
+        tokenizer_3=tiny_pipelines.make_t5_tokenizer(), transformer=network,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.))
 
 

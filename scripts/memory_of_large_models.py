@@ -121,29 +121,35 @@ def sd3_transformer(model_name):
         pooled_projection_dim=2048, **variants[model_name])
 
 
-def denoising_network(model_name, latent_size):
-    """The U-Net or transformer of a public model on the meta device, and a function that calls it for one
-    image."""
+def full_size_network(model_name):
+    """The U-Net or transformer of a public model, with new weights."""
     import diffusers
-    t = torch.ones(1)
     if model_name == "sd15":
-        network = diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
-        x, text = torch.randn(1, 4, latent_size, latent_size), torch.randn(1, 77, 768)
-        return network, lambda: network(x, t, text).sample
+        return diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
     if model_name == "sdxl":
-        network = diffusers.UNet2DConditionModel(
+        return diffusers.UNet2DConditionModel(
             128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816)
-        x, text = torch.randn(1, 4, latent_size, latent_size), torch.randn(1, 77, 2048)
+    return sd3_transformer(model_name)
+
+
+def denoising_network(model_name, latent_size):
+    """The full-size network of a model, and a function that calls it for one image."""
+    network = full_size_network(model_name)
+    t = torch.ones(1)
+    x = torch.randn(1, network.config.in_channels, latent_size, latent_size)
+    if model_name == "sd15":
+        text = torch.randn(1, 77, 768)
+        return network, lambda: network(x, t, text).sample
+    if model_name == "sdxl":
+        text = torch.randn(1, 77, 2048)
         added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)}
         return network, lambda: network(x, t, text, added_cond_kwargs=added).sample
-    network = sd3_transformer(model_name)
-    x, text = torch.randn(1, 16, latent_size, latent_size), torch.randn(1, 333, 4096)
-    pooled = torch.randn(1, 2048)
+    text, pooled = torch.randn(1, 333, 4096), torch.randn(1, 2048)
     return network, lambda: network(x, text, pooled, t).sample
 
 
