@@ -331,7 +331,8 @@ def test_the_command_a_user_types(pretrained, tmp_path, name, method, monkeypatc
 
     monkeypatch.chdir(run_dir)
     code = (run_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert "guidance_scale=1," in code if method == "add" else "guidance_scale=7.5," in code
+    guidance_scale = {"add": 1, "diffusion": 7.5, "adt": 7 if name == "sd3" else 7.5}[method]
+    assert f"guidance_scale={guidance_scale}," in code
     assert code.count("image = pipe(") == (3 if method == "add" else 1)
     scope = {}
     exec(code, scope)
