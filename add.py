@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import discriminator
 import losses
 import sampler
-from discriminator import DiscriminatorInputs
+from discriminator import DiscriminatorInputs, augment_alike
 from utils import config as settings
 
 
@@ -217,12 +217,6 @@ def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
     return torch.cat(cond_parts, 1) if cond_parts else None
 
 
-def augment_image(image, config):
-    """Augment (B, 3, H, W) for the discriminator, with new random numbers in every call."""
-    aug_params = discriminator.sample_aug_params(len(image), image.device)
-    return discriminator.augment(image, aug_params, config.augment_strength, config.instance_noise)
-
-
 def generator_loss(model, teacher, disc, batch, config):
     """-> {"adv": loss, "distill": loss}, weighted; and DiscriminatorInputs, whose `fake` has its graph."""
     with torch.no_grad():
@@ -234,7 +228,7 @@ def generator_loss(model, teacher, disc, batch, config):
     disc_cond = discriminator_condition(disc, batch, cond, step_index, hide_image, config)
     losses_dict = {}
     if config.lambda_adv:
-        logits_fake = disc(None, augment_image(fake, config), disc_cond)
+        logits_fake = disc(None, *augment_alike([fake], config), disc_cond)
         losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(
             logits_fake, config.head_reduction)                        # ADD eq. 2
     if config.lambda_distill:
@@ -252,9 +246,9 @@ def discriminator_loss(disc, inputs, config):
     """-> {"d": loss, "r1": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs. Both images share
     their conditioning. relativistic: the logits are D(real) - D(fake) and its negative, so both hinges and
     both accuracies are equal; for the generator D(real) is a constant and its loss stays -D(fake)."""
-    features = disc.backbone(augment_image(inputs.real, config))       # one (B, D, h, w) per layer
+    features = disc.backbone(*augment_alike([inputs.real], config))    # one (B, D, h, w) per layer
     logits_real = disc.logits(features, inputs.cond)
-    logits_fake = disc(None, augment_image(inputs.fake.detach(), config), inputs.cond)
+    logits_fake = disc(None, *augment_alike([inputs.fake.detach()], config), inputs.cond)
     if config.relativistic:
         differences = [d_real - d_fake for d_real, d_fake in zip(logits_real, logits_fake)]
         logits_real = differences

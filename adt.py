@@ -19,7 +19,7 @@ import torch
 import discriminator
 import losses
 import sampler
-from discriminator import DiscriminatorInputs
+from discriminator import DiscriminatorInputs, augment_alike
 from utils import config as settings
 
 
@@ -147,14 +147,6 @@ def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
                            config.input_grad_scale, config.checkpoint_rollout)
 
 
-def augment_pair(real, fake, config):
-    """Augment two images (B, 3, H, W): the same translation and cutout, independent colours and noise. With
-    equal colours D could rate "identical pixels"; with unequal geometry the tokens would not correspond."""
-    aug_params = discriminator.sample_aug_params(len(real), real.device)
-    return tuple(discriminator.augment(image, aug_params, config.augment_strength, config.instance_noise)
-                 for image in (real, fake))
-
-
 def generator_loss(model, teacher, disc, batch, config):
     """-> {"diffusion": loss, "adv": loss}, weighted; and DiscriminatorInputs, whose `fake` has its graph, or
     None without adversarial loss. teacher: not used, ADD has one."""
@@ -178,7 +170,7 @@ def generator_loss(model, teacher, disc, batch, config):
             real = discriminator.clamp_straight_through(model.decode(x0))
     x0_hat = rollout_from_batch(model, x0, cond, uncond, config, batch.generator)
     fake = discriminator.clamp_straight_through(model.decode(x0_hat))  # (B, 3, H, W), with its graph
-    adv = losses.hinge_generator(disc(*augment_pair(real, fake, config), cond["pooled"]))
+    adv = losses.hinge_generator(disc(*augment_alike([real, fake], config), cond["pooled"]))
     losses_dict = {"diffusion": config.lambda_diff * diffusion,
                    "adv": config.lambda_adv * adv}                     # ADT L_G: their sum
     return losses_dict, DiscriminatorInputs(real, fake, cond["pooled"])
@@ -192,7 +184,7 @@ def discriminator_loss(disc, inputs, config):
     pair are exchangeable: its hinge has a mean of at least 1 (Jensen) and acts only where the logits of two
     views differ by more than 1; D learns from the fake pair."""
     real, fake = inputs.real, inputs.fake.detach()
-    logits_real = disc(*augment_pair(real, real, config), inputs.cond)  # D(x0, x0')
-    logits_fake = disc(*augment_pair(real, fake, config), inputs.cond)  # D(x0, sg[x0_hat])
+    logits_real = disc(*augment_alike([real, real], config), inputs.cond)  # D(x0, x0')
+    logits_fake = disc(*augment_alike([real, fake], config), inputs.cond)  # D(x0, sg[x0_hat])
     loss = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)  # ADT L_D
     return {"d": loss}, logits_real, logits_fake

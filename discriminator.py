@@ -266,6 +266,15 @@ def sample_aug_params(n, device=None):
     return torch.rand(n, 4, device=device) * 2 - 1
 
 
+def augment_alike(images, config):
+    """Augment one image or several, each (B, 3, H, W), for the discriminator: the same translation and cutout
+    for all of them, independent colours and noise. With equal colours D could rate "identical pixels" of a
+    pair; with unequal geometry its tokens would not correspond. Every call draws new numbers. -> tuple"""
+    aug_params = sample_aug_params(len(images[0]), images[0].device)
+    return tuple(augment(image, aug_params, config.augment_strength, config.instance_noise)
+                 for image in images)
+
+
 def augment(image, aug_params, strength=1.0, noise_std=0.0, cutout=True):
     """DiffAugment (Zhao et al. 2020): colour, translation and cutout, differentiable; then instance noise
     (Sonderby et al. 2016). With strength 0 and noise_std 0 it is the identity.

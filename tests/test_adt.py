@@ -337,7 +337,8 @@ def test_the_real_image_may_be_a_vae_reconstruction(tiny_setup):
 
 def test_instance_noise_is_on_both_images_of_a_pair_and_independent():
     flat = torch.zeros(64, 3, 32, 32)
-    first, second = adt.augment_pair(flat, flat, adt.Config(augment_strength=0., instance_noise=.1))
+    config = adt.Config(augment_strength=0., instance_noise=.1)
+    first, second = discriminator.augment_alike([flat, flat], config)
     for image, std in ((first, .1), (second, .1), (first - second, .1 * 2 ** .5)):
         assert image.std().item() == pytest.approx(std, rel=.02)
 
@@ -345,7 +346,7 @@ def test_instance_noise_is_on_both_images_of_a_pair_and_independent():
 def test_a_pair_has_one_geometry_and_two_colours():
     image = torch.full((32, 3, 32, 32), -1.)
     image[:, :, 12:20, 12:20] = 1.
-    first, second = adt.augment_pair(image, image, adt.Config())
+    first, second = discriminator.augment_alike([image, image], adt.Config())
     is_square, is_square_2 = (x.mean(1) > x.mean(1).amin((1, 2))[:, None, None] + .5 for x in (first, second))
     assert (is_square == is_square_2).flatten(1).all(1).float().mean() > .9
     assert (first - second).abs().amax((1, 2, 3)).min() > 1e-3
@@ -356,7 +357,7 @@ def test_both_images_of_a_pair_are_augmented_with_the_strength_set(strength):
     """The mean over a flat image is .4 times the mean of three brightnesses, uniform in +- strength."""
     flat = torch.zeros(4000, 3, 4, 4)
     config = adt.Config(augment_strength=strength, instance_noise=0.)
-    for image in adt.augment_pair(flat, flat, config):
+    for image in discriminator.augment_alike([flat, flat], config):
         uncut = image.flatten(2).abs().amax(2) * image.flatten(2).sum(2).sign()
         assert uncut.mean(1).std().item() == pytest.approx(.4 * strength / 3, rel=.1)
 
