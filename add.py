@@ -112,8 +112,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
-# The paper's values where it states them. It states no rates and no length. gradient_accumulation_steps is
-# for one process, and divided among several.
+# The paper's values where it states them. It states no rates and no length. The batch of a step is batch_size
+# times gradient_accumulation_steps; several processes divide it (utils/config.py, divide_batch).
 LARGE = {
     "t_max": (1., "paper"), "pure_noise_prob": (0., "paper"), "backward_simulation_prob": (0., "paper"),
     "relativistic": (False, "paper"), "lambda_distill": (2.5, "paper"),

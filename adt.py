@@ -86,7 +86,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
-# CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px.
+# CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px. Its
+# batch is that of each GPU; here several processes divide batch_size (utils/config.py, divide_batch).
 # Real images are VAE reconstructions, since D could otherwise recognise the decoder instead of the generator.
 LARGE = {
     "rollout_start": ("image", "paper"), "discriminator": ("similarity", "secondary"),
@@ -114,15 +115,18 @@ PRESETS = {
     "sd35-large": SD35, "sd35-large lora": SD3_LORA, "sd35-large full": FULL}
 
 # Fine-tuning with the diffusion loss alone, where momentum does no harm: the rates of diffusers' examples.
+# guidance_scale is that of the samples only: what the model is usually sampled with.
 FINE_TUNING = {"beta1": (.9, "ours"), "lr_schedule": ("constant", "secondary"), "ema_decay": (.999, "ours"),
-               "guidance_scale": (7.5, "secondary"), "num_inference_steps": (50, "secondary"),
-               "batch_size": (4, "ours")}
-DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours")}}
+               "num_inference_steps": (50, "secondary"), "batch_size": (4, "ours")}
+FINE_TUNING_FLOW = {**FINE_TUNING, "timestep_sampling": ("logit_normal", "secondary"),
+                    "num_inference_steps": (28, "ours")}
+DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours")},
+                     "sd15": {**FINE_TUNING, "guidance_scale": (7.5, "secondary")},
+                     "sdxl": {**FINE_TUNING, "guidance_scale": (5., "secondary")},
+                     "sd3": {**FINE_TUNING_FLOW, "guidance_scale": (7., "secondary")},
+                     "sd35": {**FINE_TUNING_FLOW, "guidance_scale": (4.5, "secondary")},
+                     "sd35-large": {**FINE_TUNING_FLOW, "guidance_scale": (4.5, "secondary")}}
 for model_name in ("sd15", "sdxl", "sd3", "sd35", "sd35-large"):
-    DIFFUSION_PRESETS[model_name] = FINE_TUNING
-    if model_name.startswith("sd3"):
-        DIFFUSION_PRESETS[model_name] = {**FINE_TUNING, "timestep_sampling": ("logit_normal", "secondary"),
-                                         "num_inference_steps": (28, "ours")}
     DIFFUSION_PRESETS[f"{model_name} lora"] = {"lr": (1e-4, "secondary")}
     DIFFUSION_PRESETS[f"{model_name} full"] = {"lr": (1e-5, "secondary")}
 

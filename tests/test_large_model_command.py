@@ -170,17 +170,45 @@ def test_add_has_the_papers_settings_on_large_models():
         assert notes[name][1].startswith("paper")
 
 
-def test_the_effective_batch_is_divided_among_processes():
-    sizes = {n: config.build_config(train.METHODS["add"], [], "sd15", True, n) for n in (1, 8, 100)}
-    assert [c.gradient_accumulation_steps for c in sizes.values()] == [32, 4, 1]
-    assert sizes[1].batch_size * 32 == 128
-    chosen = config.build_config(train.METHODS["add"], ["gradient_accumulation_steps=5"], "sd15", True, 8)
-    assert chosen.gradient_accumulation_steps == 5
-    for n, c in sizes.items():
-        notes = config.provenance(train.METHODS["add"], c, "sd15", True, n)
-        assert notes["gradient_accumulation_steps"][1].startswith("ours")
-    notes = config.provenance(train.METHODS["add"], chosen, "sd15", True, 8)
-    assert notes["gradient_accumulation_steps"][1].startswith("user")
+@pytest.mark.parametrize("method", ["adt", "add", "diffusion"])
+@pytest.mark.parametrize("model", families.MODEL_FAMILIES)
+def test_the_batch_of_a_preset_is_divided_among_processes(method, model):
+    """In ADT and ADD alike a step takes as many images with several processes as with one, but for rounding:
+    to the nearest number of micro-batches, or, with one of them, of images in it."""
+    one = config.build_config(train.METHODS[method], [], model, True, 1)
+    wanted = one.batch_size * one.gradient_accumulation_steps
+    for n in (1, 2, 3, 8, 100):
+        c = config.build_config(train.METHODS[method], [], model, True, n)
+        found = c.batch_size * c.gradient_accumulation_steps * n
+        unit = n * c.batch_size if c.gradient_accumulation_steps > 1 else n
+        assert abs(found - wanted) <= unit / 2 or found == n
+        note = config.batch_note(train.METHODS[method], c, model, True, n)
+        assert (note is None) == (found == wanted)
+        assert note is None or f"a step takes {found} images, the preset {wanted}" in note
+        notes = config.provenance(train.METHODS[method], c, model, True, n)
+        assert not any(notes[key][1].startswith("user") for key in notes)
+
+
+def test_a_chosen_batch_is_that_of_each_process_and_a_sentence_names_the_presets():
+    add_method = train.METHODS["add"]
+    sizes = [config.build_config(add_method, [], "sd15", True, n) for n in (1, 8, 64)]
+    assert [(c.batch_size, c.gradient_accumulation_steps) for c in sizes] == [(4, 32), (4, 4), (2, 1)]
+    chosen = config.build_config(add_method, ["batch_size=2"], "sd15", True, 8)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (2, 4)
+    note = config.batch_note(add_method, chosen, "sd15", True, 8)
+    assert note.startswith("a step takes 64 images, the preset 128")
+    assert note.endswith("--set gradient_accumulation_steps=8 takes as many")
+    repaired = config.build_config(add_method, ["batch_size=2", "gradient_accumulation_steps=8"], "sd15",
+                                   True, 8)
+    assert config.batch_note(add_method, repaired, "sd15", True, 8) is None
+    assert config.provenance(add_method, repaired, "sd15", True, 8)["batch_size"][1].startswith("user")
+    assert config.batch_note(add_method, config.build_config(add_method, []), "tiny", False, 8) is None
+
+
+def test_every_model_is_fine_tuned_with_its_usual_guidance_in_its_samples():
+    scales = {model: train.build_config("diffusion", [], model, True).guidance_scale
+              for model in families.MODEL_FAMILIES}
+    assert scales == {"sd15": 7.5, "sdxl": 5., "sd3": 7., "sd35": 4.5, "sd35-large": 4.5}
 
 
 @pytest.mark.parametrize("args,message", [

@@ -29,7 +29,7 @@ class Method(NamedTuple):
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Batches, optimisers (AdamW) and EMA; suffix _d: of the discriminator."""
+    """Batches, optimisers (AdamW) and EMA; suffix _d: of the discriminator, which has no weight decay."""
 
     batch_size: Annotated[int, "ours: images per micro-batch"] = 32
     gradient_accumulation_steps: Annotated[int, "ours: micro-batches per step and process"] = 1
@@ -40,12 +40,16 @@ class TrainConfig:
     lr_d: Annotated[float, "ours: learning rate of the discriminator, constant"] = 5e-3
     beta1: Annotated[float, "ours: AdamW, generator; momentum makes adversarial training oscillate"] = 0.0
     beta1_d: Annotated[float, "secondary: AdamW, discriminator; no momentum"] = 0.0
+    beta2: Annotated[float, "ours: AdamW, generator; decay of the mean of squared gradients"] = 0.999
+    beta2_d: Annotated[float, "secondary: AdamW, discriminator; the same"] = 0.99
+    weight_decay: Annotated[float, "ours: AdamW, generator"] = 0.0
     max_grad_norm: Annotated[float, "ours: gradient clipping, generator; 0 = off"] = 1.0
     max_grad_norm_d: Annotated[float, "secondary: gradient clipping, discriminator; 0 = off"] = 1.0
     optimizer: Annotated[Literal["adamw", "adamw8bit"],
                          "ours: adamw8bit stores the moments in 8 bits (bitsandbytes)"] = "adamw"
     n_critic: Annotated[int, "ours: discriminator steps per generator step"] = 1
-    ema_decay: Annotated[float, "ours: decay of the averaged generator, which is the result"] = 0.99
+    ema_decay: Annotated[float, "ours: decay of the averaged generator, which is the result; at most "
+                         "(k + 1) / (k + 10) after k updates: .92 after 100, .995 after 2,000"] = 0.99
     init: Annotated[Literal["pretrained", "random"], "paper: the generator's initial weights"] = "pretrained"
 
 
@@ -75,8 +79,9 @@ def require_fraction(config, *names):
 def check_shared(config):
     """ValueError for values of the shared settings that no run can have."""
     require_positive(config, "batch_size", "gradient_accumulation_steps", "n_critic")
-    require_fraction(config, "ema_decay", "beta1", "beta1_d", "augment_strength")
-    for name in ("ema_decay", "beta1", "beta1_d"):
+    decays = "ema_decay", "beta1", "beta1_d", "beta2", "beta2_d"
+    require_fraction(config, *decays, "augment_strength")
+    for name in decays:
         if getattr(config, name) == 1:
             raise ValueError(f"{name} is below 1: an average with decay 1 never changes")
 
@@ -121,11 +126,37 @@ def preset_of(method, model_name="tiny", is_lora=False):
 
 
 def preset_values(method, model_name, is_lora, world_size):
-    """{setting: value} of the preset. gradient_accumulation_steps are divided among the processes."""
+    """{setting: value} of the preset. Its batch is divided among the processes."""
     values = {name: value for name, (value, _) in preset_of(method, model_name, is_lora).items()}
-    if "gradient_accumulation_steps" in values:
-        values["gradient_accumulation_steps"] = max(1, values["gradient_accumulation_steps"] // world_size)
-    return values
+    return divide_batch(values, world_size)
+
+
+def divide_batch(values, world_size):
+    """The settings of a preset for one of world_size processes: all of them together take about as many
+    images a step as the preset says. First gradient_accumulation_steps become fewer, then batch_size; both
+    are rounded, to 1 at least, and `batch_note` says what the rounding has changed."""
+    if "batch_size" not in values:                                     # the defaults are for each process
+        return values
+    num_micro_batches = values.get("gradient_accumulation_steps", 1)
+    divided = {"gradient_accumulation_steps": max(1, int(num_micro_batches / world_size + .5))}
+    if world_size > num_micro_batches:
+        share = values["batch_size"] * num_micro_batches / world_size
+        divided["batch_size"] = max(1, int(share + .5))
+    return {**values, **divided}
+
+
+def batch_note(method, config, model_name, is_lora, world_size):
+    """One sentence if a step takes another number of images than the preset says, else None."""
+    values = {name: value for name, (value, _) in preset_of(method, model_name, is_lora).items()}
+    wanted = values.get("batch_size", 0) * values.get("gradient_accumulation_steps", 1)
+    per_micro_step = config.batch_size * world_size
+    found = per_micro_step * config.gradient_accumulation_steps
+    if wanted in (0, found):
+        return None
+    note = f"a step takes {found} images, the preset {wanted}, for which its lr and lr_d are meant"
+    if wanted % per_micro_step == 0:
+        note += f"; --set gradient_accumulation_steps={wanted // per_micro_step} takes as many"
+    return note
 
 
 def build_config(method, overrides, model_name="tiny", is_lora=False, world_size=1):

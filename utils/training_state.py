@@ -42,8 +42,9 @@ class TrainingState:
         self.g_params = [param for param in model.network.parameters() if param.requires_grad]
         self.d_params = list(disc.parameters())
         self.ema_params = [param.detach().clone() for param in self.g_params]
-        self.opt_g = make_optimizer(config.optimizer, self.g_params, config.lr, (config.beta1, .999))
-        self.opt_d = make_optimizer("adamw", self.d_params, config.lr_d, (config.beta1_d, .99))
+        self.opt_g = make_optimizer(config.optimizer, self.g_params, config.lr, (config.beta1, config.beta2),
+                                    config.weight_decay)
+        self.opt_d = make_optimizer("adamw", self.d_params, config.lr_d, (config.beta1_d, config.beta2_d))
         self.scaler_g = precision.make_grad_scaler(model.precision)    # does nothing unless fp16
         self.scaler_d = precision.make_grad_scaler(model.precision)
 
@@ -265,17 +266,17 @@ def lr_factor(schedule, step, total_steps, warmup_steps=0, num_updates=None):
     return factor[schedule] * min(1., (num_updates + 1) / (warmup_steps + 1))
 
 
-def make_optimizer(kind, params, lr, betas):
-    """AdamW without weight decay. adamw8bit stores its moments in 8 bits a number; ValueError without the
+def make_optimizer(kind, params, lr, betas, weight_decay=0.):
+    """AdamW. adamw8bit stores its moments in 8 bits a number; ValueError without the
     package."""
     if kind == "adamw":
-        return torch.optim.AdamW(params, lr, betas, weight_decay=0., fused=True)
+        return torch.optim.AdamW(params, lr, betas, weight_decay=weight_decay, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ValueError("optimizer=adamw8bit: the package is not installed: pip install bitsandbytes"
                          ) from None
-    return AdamW8bit(params, lr, betas, weight_decay=0.)
+    return AdamW8bit(params, lr, betas, weight_decay=weight_decay)
 
 
 def ramped_ema_decay(ema_decay, num_updates):
