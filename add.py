@@ -51,7 +51,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     distill_space: Annotated[Literal["pixel", "latent"], "paper: where that distance is taken"] = "pixel"
     teacher_steps: Annotated[int, "paper: sampler steps of the teacher's prediction"] = 1
     teacher_guidance_scale: Annotated[float, "ours: classifier-free guidance of the teacher"] = 1.0
-    negative_prompt: Annotated[str, "ours: of nfsd"] = ""
+    negative_prompt: Annotated[str, "ours: negative caption of distill_weighting=nfsd"] = ""
     # discriminator
     disc_conditioning: Annotated[Literal["text+image", "text", "image", "none"],
                                  "paper: what D is conditioned on"] = "text+image"
@@ -74,11 +74,12 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """The student's timesteps tau_n, ..., tau_1 -> (student_steps,), decreasing."""
         return sampler.make_timesteps(T, self.student_steps, t_max=self.t_max)
 
-    def eval_sampling_configs(self):
+    def eval_sampling_configs(self, base_guidance_scale=1.0):
         """What is measured after training: (before or after, number of steps, sampling settings). The teacher
-        samples deterministically; the student predicts x0 and noises it to the next timestep."""
+        samples deterministically, with the guidance that its users know; the student predicts x0, without
+        guidance, and noises it to the next timestep."""
         student_steps = [n for n in sorted({1, 2, 4, self.student_steps}) if self.student_steps % n == 0]
-        return ([("before", n, {}) for n in (1, 4, 25)]
+        return ([("before", n, {"guidance_scale": base_guidance_scale}) for n in (1, 4, 25)]
                 + [("after", n, {"stochasticity": 1.0, "t_max": self.t_max}) for n in student_steps])
 
     def check_model(self, model, is_sharded):
@@ -88,15 +89,23 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         for _, num_steps, sampling in self.eval_sampling_configs():
             sampler.make_timesteps(model.T, num_steps, t_max=sampling.get("t_max", 1.))
         self.timesteps(model.T)
-        if model.is_large and self.t_max != 1:
-            raise ValueError("t_max is 1 for Stable Diffusion: diffusers' schedulers sample its students and "
-                             "know no other")
+        if model.is_large and self.t_max != 1 and model.prediction_type != "flow":
+            raise ValueError(f"t_max={self.t_max:g}: wanted 1 for Stable Diffusion 1.x, 2.x and XL, since "
+                             "diffusers' LCMScheduler, which samples their students, knows no other; SD 3 "
+                             "and 3.5 may have less")
         if model.is_large and self.distill_weighting == "nfsd" and self.distill_space == "pixel":
             raise ValueError("distill_weighting=nfsd wants distill_space=latent for Stable Diffusion: its "
                              "target is no latent of an image, so the VAE decodes nothing sensible from it")
         if is_sharded and self.backward_simulation_prob:
             raise ValueError("--fsdp wants backward_simulation_prob=0: all processes must call the network "
                              "equally often")
+
+    def warnings(self, model):
+        """Sentences to print before a large model is trained."""
+        if self.t_max == 1 and model.prediction_type == "flow":
+            return ["with t_max=1 the student's first prediction from pure noise is the mean image of its "
+                    "caption, since alpha is 0 there; if one-step samples stay alike, take --set t_max=.9"]
+        return []
 
     def extra_prompts(self):
         """Prompts that training needs besides the captions."""

@@ -62,8 +62,9 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """Timesteps of the inference path that training runs -> (num_inference_steps,)."""
         return sampler.make_timesteps(T, self.num_inference_steps)
 
-    def eval_sampling_configs(self):
-        """What is measured after training: (before or after, number of steps, sampling settings)."""
+    def eval_sampling_configs(self, base_guidance_scale=1.0):
+        """What is measured after training: (before or after, number of steps, sampling settings).
+        base_guidance_scale is not used: before and after have the guidance of the path."""
         return [(label, self.num_inference_steps, {"guidance_scale": self.guidance_scale})
                 for label in ("before", "after")]
 
@@ -72,6 +73,10 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         if is_sharded:
             settings.check_sharded(self)
         self.timesteps(model.T)
+
+    def warnings(self, model):
+        """Sentences to print before a large model is trained."""
+        return []
 
     def extra_prompts(self):
         """Prompts that training needs besides the captions."""
