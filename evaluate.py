@@ -142,6 +142,8 @@ def evaluate_models(models, captions, evaluator=None, seed=0, image_dir=None):
             pass
     for label, model, num_steps, settings in models:
         label = f"{label}, {plotting.format_steps(num_steps)}"
+        if model.is_large and settings.get("guidance_scale", 1.) != 1:
+            label += f", guidance {settings['guidance_scale']:g}"
         image_rows.append((label, sample(model, captions, num_steps, seed=seed + 1, **settings)))
         if evaluator:
             num_seeds = [known_label for known_label, _ in rows].count(label)

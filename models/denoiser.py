@@ -37,6 +37,7 @@ class Denoiser(nn.Module):
     latent_shape: tuple             # (C, h, w) of a latent
     is_large = False                # True: sampling and checkpoints take minutes, not seconds
     metadata = {}                   # header of the file that the weights came from
+    guidance_scale = 1.0            # with which the model is usually sampled before any training here
     sample_batch_size = 100         # images sampled in one batch
     lora_rank = 0                   # rank of the LoRA adapters, 0 without
     lora_targets = "attention"      # which layers have adapters

@@ -16,11 +16,43 @@ MODEL_FAMILIES = {
     "sd3": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3-medium-diffusers", 1024),
     "sd35": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-medium", 1024),
     "sd35-large": (SD3, "StableDiffusion3Pipeline", "stabilityai/stable-diffusion-3.5-large", 1024)}
+# classifier-free guidance with which each is usually sampled; checkpoints with such a name need none
+GUIDANCE_SCALES = {"sd15": 7.5, "sdxl": 5., "sd3": 7., "sd35": 4.5, "sd35-large": 4.5}
+FEW_STEP_NAMES = ("turbo", "lightning", "lcm", "hyper")
+SAMPLING_SETTINGS = ("guidance_scale", "timestep_shift", "t_max", "stochasticity")
+
+
+def check_sampling_configs(configs, path):
+    """[(num_steps, settings)] as stored in the file `path`, [] where it stores none. ValueError if they are
+    malformed."""
+    try:
+        for num_steps, settings in configs or []:
+            numbers = all(isinstance(value, (int, float)) for value in settings.values())
+            if not isinstance(num_steps, int) or not numbers or settings.keys() - set(SAMPLING_SETTINGS):
+                raise TypeError
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"{path}: its sampling_configs are not [[steps, {{setting: number}}], …] with "
+                         f"settings of {', '.join(SAMPLING_SETTINGS)}") from None
+    return configs or []
 
 
 def is_run_dir(source):
     """Whether a folder is a run of train.py; a diffusers folder has a model_index.json."""
     return (Path(source) / "config.json").is_file() and not (Path(source) / "model_index.json").is_file()
+
+
+def local_weights(source):
+    """The diffusers folder or file on this machine that --pretrained or a run folder stands for, or None if
+    the weights come from the hub."""
+    if source is None or not Path(source).exists():
+        return None
+    if not is_run_dir(source):
+        return source
+    if Path(source, "pipeline").is_dir():
+        return Path(source, "pipeline")
+    run_config = load_run_config(Path(source, "config.json"))          # LoRA: on the weights it started from
+    is_circular = Path(run_config["pretrained"] or ".").resolve() == Path(source).resolve()
+    return None if is_circular else local_weights(run_config["pretrained"])
 
 
 def is_hub_id(source):
@@ -78,7 +110,17 @@ def load_denoiser(model_name, pretrained=None, resolution=None, vae_path=None, m
     if resolution is None:
         resolution = pipelines.checkpoint_resolution(network_config, pipe.vae.config) or family_resolution
         resolution = min(resolution, max_resolution or resolution)
-    return denoiser_cls(pipe, resolution, source, vae_path)
+    denoiser = denoiser_cls(pipe, resolution, source, vae_path)
+    denoiser.guidance_scale = usual_guidance_scale(model_name, source, pipe.scheduler)
+    return denoiser
+
+
+def usual_guidance_scale(model_name, source, scheduler):
+    """What a checkpoint is usually sampled with: 1 for a few-step model, known by its name or scheduler."""
+    name = Path(source).name.lower()
+    if any(part in name for part in FEW_STEP_NAMES) or "LCM" in type(scheduler).__name__:
+        return 1.
+    return GUIDANCE_SCALES[model_name]
 
 
 def load_run(model_name, run_dir, resolution, vae_path=None):
@@ -88,8 +130,18 @@ def load_run(model_name, run_dir, resolution, vae_path=None):
         raise ValueError(f"{run_dir} is a run of {run_config['model']}, not of --model {model_name}")
     if resolution is None:
         resolution = run_config["resolution"]
+    configs = check_sampling_configs(run_config["sampling_configs"], run_dir / "config.json")
     if (run_dir / "pipeline").is_dir():
-        return load_denoiser(model_name, run_dir / "pipeline", resolution, vae_path)
+        denoiser = load_denoiser(model_name, run_dir / "pipeline", resolution, vae_path)
+    else:
+        denoiser = load_lora_run(model_name, run_dir, run_config, resolution, vae_path)
+    if configs:                                                        # what it was trained for
+        denoiser.guidance_scale = configs[-1][1].get("guidance_scale", 1.)
+    return denoiser
+
+
+def load_lora_run(model_name, run_dir, run_config, resolution, vae_path):
+    """The LoRA of a run on the model that it started from."""
     lora_path = run_dir / "pytorch_lora_weights.safetensors"
     is_circular = Path(run_config["pretrained"] or ".").resolve() == run_dir.resolve()
     if not run_config["lora_rank"] or is_circular or not lora_path.is_file():

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from models.denoiser import Denoiser
+from models.families import check_sampling_configs
 from models.loading import load_model, weights_path
 from utils.checkpoint import load_run_config
-
-SAMPLING_SETTINGS = ("guidance_scale", "timestep_shift", "t_max", "stochasticity")
 
 
 class LoadedModel(NamedTuple):
@@ -20,20 +19,6 @@ class LoadedModel(NamedTuple):
     dataset_name: str
     weights_dir: str | None                             # where its evaluation classifier is, if not weights/
     sampling_configs: list | None                       # [(num_steps, settings)] as stored, unchecked
-
-
-def check_sampling_configs(configs, path):
-    """[(num_steps, settings)] as stored in the file `path`, [] where it stores none. ValueError if they are
-    malformed."""
-    try:
-        for num_steps, settings in configs or []:
-            numbers = all(isinstance(value, (int, float)) for value in settings.values())
-            if not isinstance(num_steps, int) or not numbers or settings.keys() - set(SAMPLING_SETTINGS):
-                raise TypeError
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: its sampling_configs are not [[steps, {{setting: number}}], …] with "
-                         f"settings of {', '.join(SAMPLING_SETTINGS)}") from None
-    return configs or []
 
 
 def load_pretrained(name, network_name, dataset_name, resolution=None):
@@ -67,6 +52,16 @@ def load_run(name, dataset_name=None, resolution=None):
     return LoadedModel(group, model, str(path), dataset_name, weights_dir, configs)
 
 
+def base_guidance_scale(base, runs):
+    """The guidance scale of a large base model: that of the runs [LoadedModel] which it is compared with, if
+    they have one in common, else what it is usually sampled with. Few-step students are not asked: they have
+    none."""
+    scales = {settings.get("guidance_scale", 1.) for run in runs
+              for _, settings in check_sampling_configs(run.sampling_configs, run.path)
+              if not settings.get("stochasticity")}
+    return scales.pop() if len(scales) == 1 else base.guidance_scale
+
+
 def load_named_models(names, pretrained_names, dataset_name=None, model_name="tiny", pretrained=None,
                       resolution=None):
     """Models of one data set -> [LoadedModel], in the order of `names`, each once.
@@ -85,7 +80,8 @@ def load_named_models(names, pretrained_names, dataset_name=None, model_name="ti
             models.append(runs[name])
         elif name == "base" and model_name != "tiny":
             model = load_model(model_name, dataset_name, pretrained, resolution)
-            configs = [(10, {"guidance_scale": 5.}), (50, {"guidance_scale": 5.})]
+            settings = {"guidance_scale": base_guidance_scale(model, runs.values())}
+            configs = [(10, settings), (50, settings)]
             models.append(LoadedModel(name, model, model_name, dataset_name, None, configs))
         else:
             models.append(load_pretrained(name, pretrained_names[name], dataset_name, resolution))
