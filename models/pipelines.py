@@ -3,6 +3,7 @@
 Used by models/stable_diffusion.py, which takes the pipeline apart."""
 
 import json
+import math
 from pathlib import Path
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")            # of Stable Diffusion 1.5
@@ -17,6 +18,34 @@ def read_model_index(source):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged: copy the folder again") from None
+
+
+def read_config(source, component_name):
+    """config.json of a component of a diffusers folder as a dict; {} if there is none that can be read."""
+    try:
+        return dict(json.loads(Path(source, component_name, "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def count_network_params(source, component_name):
+    """The number of weights of the U-Net or transformer in a diffusers folder or a .safetensors file, without
+    SD3's table of positions, which is no weight. Only the headers of the files are read; 0 if there are none
+    that can be read."""
+    from safetensors import SafetensorError, safe_open
+    is_file = Path(source).is_file()
+    paths = [Path(source)] if is_file else Path(source, component_name).glob("*.safetensors")
+    sizes = {}                                                         # a name may be in two variants' files
+    try:
+        for path in paths:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118, not a dict
+                    is_part = not is_file or name.startswith("model.diffusion_model.")
+                    if is_part and not name.endswith("pos_embed"):
+                        sizes[name] = math.prod(file.get_slice(name).get_shape())
+    except (OSError, SafetensorError):                                 # the loader explains it
+        return 0
+    return sum(sizes.values())
 
 
 def required_options(pipeline_cls, source):

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import torch
 
-from models import hub
-from models.families import MODEL_FAMILIES, is_hub_id
-from utils import distributed, precision, report
+from models import hub, pipelines
+from models.families import MODEL_FAMILIES, is_hub_id, local_weights
+from utils import cli, distributed, precision, report
+from utils import config as settings
+from utils.plotting import format_number
 
 ESTIMATES = Path(__file__).with_name("estimates.json")
+# weights of each U-Net or transformer, in millions
+NETWORK_SIZES = {"sd15": 860, "sdxl": 2567, "sd3": 2028, "sd35": 2243, "sd35-large": 8057}
 
 
 def load_estimate(run_config):
@@ -33,31 +37,55 @@ def expected_gib(estimate, config, resolution, world_size=1, is_sharded=False):
     return fixed + config.batch_size * estimate["activations_gib"] * pixels
 
 
-def check_run(run_config, config):
-    """ValueError for what would stop a run later: the machine, --report-to, --push-to-hub."""
-    check_machine(run_config, config)
+def family_of_size(model_name, num_params):
+    """The key of NETWORK_SIZES whose network is that of `model_name` by its class, and that of num_params by
+    its size: `--model sd35` may have been given 3.5 large. None for a network of another size."""
+    names = [name for name in NETWORK_SIZES if MODEL_FAMILIES[name][0] is MODEL_FAMILIES[model_name][0]]
+    name = min(names, key=lambda name: abs(NETWORK_SIZES[name] - num_params / 1e6))
+    return name if abs(num_params / 1e6 / NETWORK_SIZES[name] - 1) < .05 else None
+
+
+def estimate_before_loading(run_config, max_resolution=None):
+    """The estimate and the resolution of a run, from what can be known before its weights are loaded: the
+    names of weights on the hub, sizes and configs of those on this machine -> estimate or None, pixels."""
+    source, model_name = local_weights(run_config["pretrained"]), run_config["model"]
+    resolution, component = run_config["resolution"], MODEL_FAMILIES[model_name][0].component_name
+    if source is not None:
+        model_name = family_of_size(model_name, pipelines.count_network_params(source, component))
+        own = pipelines.checkpoint_resolution(*(pipelines.read_config(source, name)
+                                                for name in (component, "vae")))
+        if own and not resolution:
+            resolution = min(own, max_resolution or own)
+    estimate = load_estimate({**run_config, "model": model_name})
+    return estimate, resolution or (estimate and estimate["resolution"])
+
+
+def check_run(run_config, config, max_resolution=None):
+    """ValueError for what would stop a run later: the machine, --report-to, --push-to-hub. max_resolution:
+    the method's, for checkpoints of more pixels."""
+    if run_config["model"] != "tiny":
+        check_machine(run_config, config, max_resolution)
     report.check_tracker(run_config["report_to"])
     hub.check_login(run_config["push_to_hub"])
 
 
-def check_machine(run_config, config):
+def check_machine(run_config, config, max_resolution=None):
     """ValueError with one sentence if a large model cannot be trained on this machine. Weights in a local
     folder may be trained without a GPU: tiny networks are, and large ones by those who have the time."""
     model_name, pretrained = run_config["model"], run_config["pretrained"]
     is_downloaded = pretrained is None or is_hub_id(pretrained) and not Path(pretrained).exists()
-    if model_name == "tiny" or not is_downloaded:
-        return
     if not torch.cuda.is_available():
+        if not is_downloaded:
+            return
         has_mps = torch.backends.mps.is_available()
         found = "an Apple GPU, on which this code was never run" if has_mps else "none"
         raise ValueError(
             f"--model {model_name} wants a GPU with CUDA, found {found}. On this machine the tiny model can "
             f"be trained: python train.py --method {run_config['method']}. (Without a GPU large models are "
             "trained only from a local folder, --pretrained DIR; a step then takes minutes.)")
-    estimate = load_estimate(run_config)
+    estimate, resolution = estimate_before_loading(run_config, max_resolution)
     if estimate is None:
         return
-    resolution = run_config["resolution"] or estimate["resolution"]
     wanted = expected_gib(estimate, config, resolution, run_config["world_size"], run_config["fsdp"])
     device = torch.cuda.get_device_properties(distributed.get_device())
     found = device.total_memory / 2 ** 30
@@ -102,14 +130,33 @@ def matmul_tflops(device, dtype, side=8192, repeats=4):
     return 2 * side ** 3 / min(times) / 1e12
 
 
-def describe_run(run_config, run_dir, trainer):
-    """What is trained, on what, at which cost, and what will be written -> text of a few lines."""
+def count(n, singular, plural):
+    """'1 image', '2,000 images'."""
+    return f"{n:,} {singular if n == 1 else plural}"
+
+
+def describe_data(run_config, trainer):
+    """How many images there are, how many a step takes, and how often the run sees each -> text."""
+    config, size = trainer.config, trainer.dataset.split_sizes["train"]
+    per_step = config.batch_size * trainer.num_micro_batches
+    factors = [f"batch_size {config.batch_size}",
+               count(config.gradient_accumulation_steps, "micro-batch", "micro-batches"),
+               count(run_config["world_size"], "process", "processes")]
+    num_images, seen = "streamed", f"{per_step * trainer.total_steps:,} in all"
+    if size is not None:
+        num_images = count(size, "image", "images")
+        seen = f"{format_number(per_step * trainer.total_steps / size)} epochs in all"
+    return (f"{trainer.dataset.name}: {num_images}; {count(per_step, 'image', 'images')} a step "
+            f"({' x '.join(factors)}), {seen}")
+
+
+def describe_run(run_config, run_dir, trainer, method):
+    """What is trained, on what, at which cost, and what will be written -> text of a few lines. method: the
+    run's config.Method."""
     model, config = trainer.model, trainer.config
     num_trained = sum(param.numel() for param in trainer.g_params)
     num_all = sum(param.numel() for param in model.network.parameters())
     what = f"LoRA adapters of rank {model.lora_rank}" if model.lora_rank else "all weights"
-    images_per_step = config.batch_size * trainer.num_micro_batches
-    size = trainer.dataset.split_sizes["train"]
     device = distributed.get_device()
     dtype = run_config["precision"] or precision.default_precision()
     machine = "CPU"
@@ -117,25 +164,31 @@ def describe_run(run_config, run_dir, trainer):
         free, total = (n / 2 ** 30 for n in torch.cuda.mem_get_info())
         machine = f"{torch.cuda.get_device_name()}, {total:.0f} GiB, {free:.0f} free"
     source = run_config["pretrained"] or MODEL_FAMILIES[run_config["model"]][2]
+    warmup = ""
+    if trainer.warmup_steps_d:
+        warmup = f" (in the first {trainer.warmup_steps_d} only the discriminator is trained)"
+    save_minutes = cli.save_interval_s(run_config) / 60
     lines = [f"model    {run_config['model']} from {source}, {model.resolution} px, {what}: "
              f"{num_trained / 1e6:.1f} of {num_all / 1e6:.0f} M",
-             f"data     {trainer.dataset.name}: {'streamed' if size is None else f'{size:,} images'}; "
-             f"{images_per_step} images a step ({config.batch_size} x {config.gradient_accumulation_steps} x "
-             f"{run_config['world_size']} processes)",
+             f"data     {describe_data(run_config, trainer)}",
+             f"steps    {trainer.total_steps:,}{warmup}, a checkpoint every {save_minutes:g} minutes",
              f"machine  {machine}, {dtype}",
              f"cost     {expected_cost(run_config, trainer, device, dtype)}",
              f"writes   {run_dir}: samples every {run_config['eval_every']} steps, "
              f"{'a LoRA file' if model.lora_rank else 'a pipeline folder'}, a model card (README.md)"]
-    return "\n".join(lines)
+    notes = [settings.batch_note(method, config, run_config["model"], model.lora_rank > 0,
+                                 run_config["world_size"]), *config.warnings(model)]
+    return "\n".join([*lines, *(f"note     {note}" for note in notes if note)])
 
 
 def expected_cost(run_config, trainer, device, dtype):
     """Memory and time of the run as far as estimates.json knows them, as text."""
     num_steps = trainer.total_steps - trainer.step
-    estimate = load_estimate(run_config)
-    is_full_size = sum(param.numel() for param in trainer.model.network.parameters()) > 10 ** 8
-    if estimate is None or not is_full_size:
-        return f"{num_steps:,} steps; no estimate for this network"
+    num_params = sum(param.numel() for name, param in trainer.model.network.named_parameters()
+                     if "lora_" not in name)
+    estimate = load_estimate({**run_config, "model": family_of_size(run_config["model"], num_params)})
+    if estimate is None:
+        return f"{num_steps:,} steps; no estimate for a network of this size"
     config, resolution = trainer.config, trainer.model.resolution
     gib = expected_gib(estimate, config, resolution, run_config["world_size"], run_config["fsdp"])
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
