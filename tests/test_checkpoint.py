@@ -547,11 +547,12 @@ def test_fifty_kills(tmp_path):
     """kill -9 at random moments while every step writes a checkpoint: what is on the disk always loads, at
     most the last step is lost, and the end equals that of an uninterrupted run."""
     arguments = ["--method", "adt", "--set", "batch_size=2", "--set", "num_inference_steps=2", "--set",
-                 "num_grad_steps=1", "--set", "warmup_steps_d=0", "--eval-samples", "0", "--steps", "150"]
+                 "num_grad_steps=1", "--set", "warmup_steps_d=0", "--eval-samples", "0", "--steps", "150",
+                 "--save-every", "1e-9"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(*arguments):
-        code = f"import train; train.SAVE_EVERY_S = 0; train.main({list(arguments)!r})"
+        code = f"import train; train.main({list(arguments)!r})"
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

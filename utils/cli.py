@@ -11,10 +11,10 @@ from utils import checkpoint, distributed, hub_data, precision
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
 MIN_EVAL_SAMPLES = 200                 # fewer give no Frechet distance
-TINY, LARGE = 0, 1                     # index of a default that depends on the size of the model
-EVAL_EVERY = (50, 100)                 # steps between two sample grids
+EVAL_EVERY, EVAL_EVERY_LARGE = 50, 100  # steps between two sample grids; of Stable Diffusion
+SAVE_EVERY, SAVE_EVERY_LARGE = 1, 15   # minutes between two checkpoints; of Stable Diffusion
 # what a resumed run may change; everything else stays as it was
-CHANGEABLE = ("steps", "on_nan", "eval_every", "report_to", "keep_checkpoints", "push_to_hub")
+CHANGEABLE = ("steps", "on_nan", "eval_every", "save_every", "report_to", "keep_checkpoints", "push_to_hub")
 
 
 def make_parser(description, methods, models):
@@ -53,9 +53,11 @@ def make_parser(description, methods, models):
     group.add_argument("--on-nan", choices=["stop", "skip"], help="at a loss or gradient that is not "
                        "finite: stop the run (default), or skip the update and count it")
     group.add_argument("--eval-every", type=int, metavar="STEPS", help="steps between two grids of samples "
-                       f"(default: {EVAL_EVERY[TINY]}; Stable Diffusion {EVAL_EVERY[LARGE]})")
-    group.add_argument("--eval-samples", type=int,
-                       help=f"images per row of the final table; 0: no table (default: {EVAL_SAMPLES})")
+                       f"(default: {EVAL_EVERY}; Stable Diffusion {EVAL_EVERY_LARGE})")
+    group.add_argument("--save-every", type=float, metavar="MINUTES", help="between two checkpoints, from "
+                       f"which --resume goes on (default: {SAVE_EVERY}; Stable Diffusion {SAVE_EVERY_LARGE})")
+    group.add_argument("--eval-samples", type=int, help="images per row of the final table (default: "
+                       f"{EVAL_SAMPLES}; Stable Diffusion has none); 0: neither table nor before_after.png")
     group.add_argument("--validation-prompt", action="append", metavar="TEXT", dest="prompts",
                        help="caption of the grids of samples, may be repeated (default: from the data)")
     group.add_argument("--prompts", metavar="FILE", dest="prompts_file",
@@ -110,15 +112,23 @@ def evaluation_command(run_config, run_dir):
             "facebook/dinov2-large --clip openai/clip-vit-large-patch14")
 
 
+def save_interval_s(run_config):
+    """Seconds between two checkpoints."""
+    minutes = SAVE_EVERY if run_config["model"] == "tiny" else SAVE_EVERY_LARGE
+    return 60 * (run_config["save_every"] or minutes)
+
+
 def resume_command(run_dir, world_size):
     launcher = f"torchrun --nproc-per-node {world_size}" if world_size > 1 else "python"
     return f"{launcher} train.py --resume {shlex.quote(str(run_dir))}"
 
 
 def default_run_dir(run_config):
-    """runs/METHOD-MODEL-DATA-SETTINGS-SEED with what a file name can hold."""
+    """runs/METHOD-MODEL-DATA-SETTINGS-SEED with what a file name can hold; -full: no LoRA."""
     parts = [run_config["method"], *{run_config["model"]} - {"tiny"}, Path(run_config["data"]).resolve().name,
              *run_config["overrides"], f"seed{run_config['seed']}"]
+    if run_config["model"] != "tiny" and not run_config["lora_rank"]:
+        parts.insert(2, "full")
     name = "-".join(re.sub(r"[^\w.=+-]+", "_", part)[:60] for part in parts)
     return Path("runs") / name[:200]
 
@@ -139,12 +149,17 @@ def resolve_run_config(args, methods, models, default_data):
     if run_config["model"] == "tiny" and 0 < (args.eval_samples or 0) < MIN_EVAL_SAMPLES:
         raise ValueError(f"--eval-samples {args.eval_samples}: a Fréchet distance of 128 features needs "
                          f"{MIN_EVAL_SAMPLES} or more; 0 measures nothing")
+    if run_config["model"] != "tiny" and args.eval_samples:
+        raise ValueError(f"--eval-samples {args.eval_samples}: a run of Stable Diffusion ends with images "
+                         "and has no table; evaluate.py measures its result (0 leaves out the images, too)")
     for name in CHANGEABLE:
         if getattr(args, name) is not None:
             run_config[name] = getattr(args, name)
     for name, minimum in (("steps", 1), ("eval_every", 1), ("keep_checkpoints", 0)):
         if run_config[name] < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {run_config[name]}: wanted {minimum} or more")
+    if run_config["save_every"] is not None and not 0 < run_config["save_every"] < float("inf"):
+        raise ValueError(f"--save-every {run_config['save_every']:g}: wanted a number of minutes above 0")
     repository = run_config["push_to_hub"]
     if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise ValueError(f"--push-to-hub {repository}: wanted OWNER/NAME of a model repository")
@@ -184,9 +199,14 @@ def new_run_config(args, methods, models, default_data):
     check_options(args, methods, models)
     method_name, model_name = args.method or next(iter(methods)), args.model or "tiny"
     method, is_large = methods[method_name], model_name != "tiny"
+    default_data_tiny, default_data_large = default_data
+    if is_large:
+        data, steps, eval_every = default_data_large, method.large_steps, EVAL_EVERY_LARGE
+    else:
+        data, steps, eval_every = default_data_tiny, method.default_steps, EVAL_EVERY
     checkpointing = args.gradient_checkpointing
     run_config = {
-        "method": method_name, "model": model_name, "data": args.data or default_data[is_large],
+        "method": method_name, "model": model_name, "data": args.data or data,
         "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
         "resolution": args.resolution,
         "random_flip": bool(args.random_flip), "random_crop": bool(args.random_crop),
@@ -195,9 +215,8 @@ def new_run_config(args, methods, models, default_data):
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
         "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
         "world_size": distributed.get_world_size(), "seed": args.seed or 0, "overrides": args.overrides,
-        "prompts": read_prompts(args), "on_nan": "stop", "eval_every": EVAL_EVERY[is_large],
-        "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,
-        "steps": method.large_steps if is_large else method.default_steps}
+        "prompts": read_prompts(args), "on_nan": "stop", "eval_every": eval_every,
+        "save_every": None, "keep_checkpoints": 0, "report_to": None, "push_to_hub": None, "steps": steps}
     run_config["data"] = hub_data.absolute_name(run_config["data"])    # a resume may come from another folder
     for key in ("pretrained", "backbone", "vae"):
         if run_config[key] and Path(run_config[key]).exists():
