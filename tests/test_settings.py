@@ -15,6 +15,7 @@ import train
 from conftest import RandomConv, Toy, make_trainer
 from discriminator import FrozenBackbone
 from models.backbones import TinyCNN
+from utils import config as settings
 
 METHODS = {"adt": adt, "add": add}
 
@@ -89,10 +90,10 @@ def reference():
     """method, settings -> the result of three_steps, computed once for each."""
     results = {}
 
-    def get(method, **settings):
-        key = method, *settings.items()
+    def get(method, **values):
+        key = method, *values.items()
         if key not in results:
-            results[key] = three_steps(method, METHODS[method].Config(**settings))
+            results[key] = three_steps(method, METHODS[method].Config(**values))
         return results[key]
 
     return get
@@ -143,7 +144,7 @@ def test_setup_reads_the_initialisation_and_the_backbone(method, base):
                          [("adt", "num_inference_steps", 7), ("adt", "guidance_scale", 3.),
                           ("add", "student_steps", 8), ("add", "t_max", .95)])
 def test_settings_of_the_path_are_those_of_the_evaluation(method, name, value):
-    default, changed = (METHODS[method].Config(**settings) for settings in ({}, {name: value}))
+    default, changed = (METHODS[method].Config(**values) for values in ({}, {name: value}))
     assert default.eval_sampling_configs() != changed.eval_sampling_configs()
 
 
@@ -152,3 +153,25 @@ def test_without_adversarial_loss_there_is_no_warmup_of_the_discriminator(method
     for lambda_adv, warmup in ((1., 60), (0., 0)):
         config = METHODS[method].Config(lambda_adv=lambda_adv, warmup_steps_d=60)
         assert toy_trainer(method, config, total_steps=400).warmup_steps_d == warmup
+
+
+@pytest.mark.parametrize("model", ["tiny", "sd3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_help_on_settings_is_a_table_with_values_that_set_reads(method, model):
+    """Name, value, source and meaning each begin at the same column in every row; the value in the table is
+    what --set takes; the words of the meaning are all there."""
+    text = settings.settings_help(train.METHODS[method], model)
+    lines = text.splitlines()
+    header = next(line for line in lines if line.split() == ["name", "value", "source", "meaning"])
+    starts = [header.index(word) for word in header.split()]
+    assert max(len(line) for line in lines) <= 110
+    config = settings.build_config(train.METHODS[method], [], model)
+    for field in fields(config):
+        i = next(i for i, line in enumerate(lines) if line.startswith(f"  {field.name} "))
+        value = lines[i][starts[1]:starts[2]].strip()
+        if len(str(getattr(config, field.name))) > starts[2] - starts[1]:
+            value, i = lines[i][starts[1]:], i + 1                     # a long value has its own line
+        rebuilt = settings.build_config(train.METHODS[method], [f"{field.name}={value}"], model)
+        assert rebuilt == config
+        assert lines[i][starts[2]:starts[3]].strip() in ("paper", "secondary", "ours")
+        assert lines[i][starts[3] - 1] == " " != lines[i][starts[3]]

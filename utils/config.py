@@ -8,6 +8,7 @@ Read next: utils/cli.py
 
 import dataclasses
 import json
+import textwrap
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,20 +17,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 class Method(NamedTuple):
     """A method of train.py: its module and what belongs to it as a whole."""
     module: Any                        # Config, generator_loss, discriminator_loss
-    fixed: dict                        # settings that define the method
     default_steps: int                 # of the tiny model
+    fixed: dict = {}                   # settings that define the method
     large_steps: int = 2000            # of Stable Diffusion; ADT: CoMat's (secondary)
     lora_rank: int = 64                # of Stable Diffusion without --full
+    lora_targets: str = "attention"    # of Stable Diffusion without --full: which layers get adapters
     presets: dict = {}                 # {model, "MODEL lora" or "MODEL full": {setting: (value, source)}}
     max_resolution: dict = {}          # {model: training resolution if the checkpoint's own is larger}
-    lora_targets: str = "attention"    # of Stable Diffusion without --full: which layers get adapters
 
 
 # ---------------------------------------------------------------------------------------- shared settings
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Batches, optimisers (AdamW) and EMA; suffix _d: of the discriminator, which has no weight decay."""
+    """Batches, optimisers (AdamW) and EMA. _d: of the discriminator, which has no weight decay."""
 
     batch_size: Annotated[int, "ours: images per micro-batch"] = 32
     gradient_accumulation_steps: Annotated[int, "ours: micro-batches per step and process"] = 1
@@ -153,7 +154,8 @@ def batch_note(method, config, model_name, is_lora, world_size):
     found = per_micro_step * config.gradient_accumulation_steps
     if wanted in (0, found):
         return None
-    note = f"a step takes {found} images, the preset {wanted}, for which its lr and lr_d are meant"
+    images = "image" if found == 1 else "images"
+    note = f"a step takes {found} {images}, the preset {wanted}, for which its lr and lr_d are meant"
     if wanted % per_micro_step == 0:
         note += f"; --set gradient_accumulation_steps={wanted // per_micro_step} takes as many"
     return note
@@ -203,16 +205,30 @@ def provenance(method, config, model_name="tiny", is_lora=False, world_size=1):
 
 
 def settings_help(method, model_name="tiny", is_lora=False):
-    """All settings of a method for a model, grouped by the class that declares them, as text."""
-    lines = ["Settings, their values, and where these come from (paper, secondary, ours). "
-             "Change one with --set NAME=VALUE."]
+    """All settings of a method for a model, grouped by the class that declares them, as a table in text."""
     config = build_config(method, [], model_name, is_lora)
     notes = provenance(method, config, model_name, is_lora)
+    lines = ["Settings, their values, where these come from, and what they mean. Change one with --set "
+             "NAME=VALUE.", "paper: the paper states it; secondary: public code, summaries or related work; "
+             "ours: neither.", "", help_row("name", "value", "source", "meaning")]
     for cls in type(config).__mro__[:-1]:
         lines.append(f"\n{cls.__module__}.{cls.__name__}: {cls.__doc__.splitlines()[0]}")
         hints = typing.get_type_hints(cls)
         for name in cls.__annotations__:
             choices = typing.get_args(hints[name])
-            suffix = f" ({', '.join(choices)})" if choices else ""
-            lines.append(f"  {name:<28} {notes[name][0]!s:<12} {notes[name][1]}{suffix}")
+            source, meaning = notes[name][1].split(": ", 1)
+            if choices:
+                meaning += f" (one of {', '.join(choices)})"
+            value = as_overrides({name: notes[name][0]})[0].partition("=")[2]
+            lines.append(help_row(name, value, source, meaning))
     return "\n".join(lines)
+
+
+def help_row(name, value, source, meaning):
+    """Four columns; the meaning is wrapped, and a long value has a line for itself."""
+    indent = " " * 57
+    start = f"  {name:<29}{value:<15}{source:<11}"
+    if len(start) > len(indent):
+        start = f"  {name:<29}{value}\n{'':<46}{source:<11}"
+    wrapped = textwrap.wrap(meaning, 110 - len(indent))
+    return start + f"\n{indent}".join(wrapped)
