@@ -246,6 +246,11 @@ def update_spectral_norm(disc):
     disc.eval()
 
 
+def mean_of_heads(logits, condition):
+    """The fraction of tokens that fulfil a condition, averaged over heads."""
+    return sum(condition(d).float().mean().item() for d in logits) / len(logits)
+
+
 # -------------------------------------------------------------------------------- differentiable augmentation
 
 def clamp_straight_through(image):

@@ -21,14 +21,14 @@ from utils import checkpoint, cli, distributed, failures, report
 from utils import config as settings
 from utils.config import Method
 from utils.distributed import all_reduce_sum_, clip_grad_norm
-from utils.training_state import DIAGNOSE_WINDOW, TrainingState, diagnose_discriminator, prepare_networks
+from utils.training_state import DIAGNOSE_WINDOW, TrainingState, prepare_networks
 
-METHODS = {"adt": Method(adt, {}, 300, 2000, 128, adt.PRESETS, {"sdxl": 512}),
-           "add": Method(add, {}, 600, 10000, 64, add.PRESETS, dict.fromkeys(loading.MODEL_FAMILIES, 512),
-                         "all"),
-           "diffusion": Method(adt, {"lambda_adv": 0.0}, 500, 2000, 64, adt.DIFFUSION_PRESETS)}  # without D
+METHODS = {
+    "adt": Method(adt, default_steps=300, lora_rank=128, presets=adt.PRESETS, max_resolution={"sdxl": 512}),
+    "add": Method(add, default_steps=600, large_steps=10000, lora_targets="all", presets=add.PRESETS,
+                  max_resolution=dict.fromkeys(loading.MODEL_FAMILIES, 512)),
+    "diffusion": Method(adt, default_steps=500, fixed={"lambda_adv": 0.0}, presets=adt.DIFFUSION_PRESETS)}
 MODELS = ["tiny", *loading.MODEL_FAMILIES]
-SAVE_EVERY_S = 60                      # seconds between two checkpoints of the tiny model
 
 
 class Trainer(TrainingState):
@@ -76,8 +76,8 @@ class Trainer(TrainingState):
                                                                                       self.config)
                 self.scaler_d.scale(sum(losses.values()) / self.num_micro_batches).backward()
                 logs.append({f"loss_{name}": loss.item() for name, loss in losses.items()})
-                logs[-1]["acc_d_real"] = mean_of_heads(logits_real, lambda logits: logits > 0)
-                logs[-1]["acc_d_fake"] = mean_of_heads(logits_fake, lambda logits: logits < 0)
+                logs[-1]["acc_d_real"] = discriminator.mean_of_heads(logits_real, lambda logits: logits > 0)
+                logs[-1]["acc_d_fake"] = discriminator.mean_of_heads(logits_fake, lambda logits: logits < 0)
             d_logs = self.reduce_mean(logs)
             all_reduce_sum_([param.grad for param in self.d_params if param.grad is not None])
             self.scaler_d.unscale_(self.opt_d)
@@ -91,21 +91,26 @@ class Trainer(TrainingState):
         return g_logs | d_logs | skipped
 
 
-def mean_of_heads(logits, condition):
-    """The fraction of tokens that fulfil a condition, averaged over heads."""
-    return sum(condition(d).float().mean().item() for d in logits) / len(logits)
+def show_samples(trainer, run_config, captions, reporter):
+    """A grid of samples from fixed noise: a row for the fewest steps and one for the most."""
+    configs = run_config["sampling_configs"]
+    with trainer.ema_weights() as model:
+        to_sample = [(trainer.step_label(), model, *config) for config in configs[:1] + configs[1:][-1:]]
+        _, image_rows = evaluate.evaluate_models(to_sample, captions)
+    if distributed.get_rank() == 0:
+        reporter.add_samples(trainer.step, image_rows, captions)
 
 
 def train_loop(trainer, run_dir, run_config, metadata, captions, stop_requests, reporter):
     """Train until the end or a stop request. Process 0 writes the log, grids of samples from fixed noise and
     checkpoints; the others sample and save along, since they may hold shards of the weights."""
     is_main = distributed.get_rank() == 0
-    save_every_s = 900 if trainer.model.is_large else SAVE_EVERY_S
-    num_steps, sampling_settings = run_config["sampling_configs"][0]
     to_save = run_dir, reporter.log, run_config["sampling_configs"], metadata
     last_save_time = time.time()
     pbar = tqdm(range(trainer.step, trainer.total_steps), initial=trainer.step, total=trainer.total_steps,
                 desc=run_dir.name, mininterval=1, disable=not is_main)
+    if trainer.step == 0 and trainer.model.is_large:
+        show_samples(trainer, run_config, captions, reporter)
     if trainer.step == trainer.total_steps:                            # complete, but its result may be lost
         trainer.save(*to_save)
     for step in pbar:
@@ -113,17 +118,13 @@ def train_loop(trainer, run_dir, run_config, metadata, captions, stop_requests, 
         is_last_step = step + 1 == trainer.total_steps
         reporter.add_step(step, logs, max_rows=DIAGNOSE_WINDOW)
         pbar.set_postfix({k: f"{v:.3g}" for k, v in logs.items() if k.startswith("loss")}, refresh=False)
-        if (step + 1) % DIAGNOSE_WINDOW == 0:
-            warning = diagnose_discriminator(reporter.log.rows)
-            if warning and is_main:
-                pbar.write(f"step {step + 1}: {warning}")
-        if (step + 1) % run_config["eval_every"] == 0 or is_last_step:
-            with trainer.ema_weights() as model:
-                samples = evaluate.sample(model, captions, num_steps, seed=1, **sampling_settings)
+        for note in trainer.progress_notes(reporter.log.rows):
             if is_main:
-                reporter.add_samples(step + 1, samples, captions)
+                pbar.write(f"step {step + 1}: {note}")
+        if (step + 1) % run_config["eval_every"] == 0 or is_last_step:
+            show_samples(trainer, run_config, captions, reporter)
             trainer.keep_result(run_dir, run_config["keep_checkpoints"], *to_save[2:])
-        is_due = time.time() - last_save_time > save_every_s
+        is_due = time.time() - last_save_time > cli.save_interval_s(run_config)
         if distributed.any_rank(bool(stop_requests) or is_due or is_last_step):
             trainer.save(*to_save)
             last_save_time = time.time()
@@ -138,11 +139,6 @@ def parse_args(argv=None):
     return parser, parser.parse_args(argv)
 
 
-def build_config(method_name, overrides, model_name="tiny", is_lora=False):
-    """The method's Config: defaults, then the preset, then ["key=value", ...]."""
-    return settings.build_config(METHODS[method_name], overrides, model_name, is_lora)
-
-
 def setup(args):
     """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written
     into the run folder; ValueError or OSError with one sentence if the run is impossible."""
@@ -155,10 +151,11 @@ def setup(args):
     run_config["sampling_configs"] = [row[1:] for row in config.eval_sampling_configs() if row[0] == "after"]
     if not args.resume:
         checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
-    preflight.check_run(run_config, config)                            # before anything is downloaded
+    max_resolution = method.max_resolution.get(model_name)
+    preflight.check_run(run_config, config, max_resolution)            # before anything is downloaded
     dataset_name = data.dataset_name(run_config["data"])
     model = loading.load_model(model_name, dataset_name, run_config["pretrained"], run_config["resolution"],
-                               run_config["vae"], method.max_resolution.get(model_name))
+                               run_config["vae"], max_resolution)
     if model.is_large:
         run_config["resolution"] = model.resolution
     dataset = data.build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
@@ -200,8 +197,8 @@ def final_evaluation(trainer, evaluator, run_dir, captions):
     with trainer.ema_weights() as model:
         models = {"before": trainer.initial_model(), "after": model}
         rows, image_rows = evaluate.evaluate_models(
-            [(label, models[label], num_steps, sampling_settings)
-             for label, num_steps, sampling_settings in trainer.config.eval_sampling_configs()],
+            [(label, models[label], *row)
+             for label, *row in trainer.config.eval_sampling_configs(model.guidance_scale)],
             captions, evaluator)
     if distributed.get_rank() == 0:
         report.save_report(run_dir, rows, image_rows, captions, len(evaluator.captions) if evaluator else 0)
@@ -219,7 +216,7 @@ def run_training(args):
                                       run_config["lora_rank"] > 0, run_config["world_size"])
         checkpoint.create_run_dir(run_dir, run_config, sources, bool(args.resume))
         if is_main and trainer.model.is_large:
-            print(preflight.describe_run(run_config, run_dir, trainer))
+            print(preflight.describe_run(run_config, run_dir, trainer, METHODS[run_config["method"]]))
         reporter = report.Reporter(run_dir, trainer.step, run_config)
         with failures.explain_failures(trainer, run_dir, run_config["world_size"], lambda: trainer.save(
                 run_dir, reporter.log, run_config["sampling_configs"], metadata)):

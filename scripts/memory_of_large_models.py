@@ -25,6 +25,7 @@ from models.families import MODEL_FAMILIES
 from models.half_precision import cast_frozen_weights
 from models.preflight import ESTIMATES
 from models.stable_diffusion import LatentDenoiser
+from utils import config as settings
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
 
@@ -295,7 +296,7 @@ def estimate_all():
                     measured[resolution] = measure_model(model_name, tuning, resolution)
                 *sizes, costs = measured[resolution]
                 gib = fixed_bytes(method_name, tuning, method.lora_rank, *sizes) / 2 ** 30
-                config = train.build_config(method_name, [], model_name, tuning == "lora")
+                config = settings.build_config(train.METHODS[method_name], [], model_name, tuning == "lora")
                 for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
                     activations_gib, tflop = step_cost(method_name, config, costs_of_parts, bool(suffix),
                                                        not model_name.startswith("sd3"))

@@ -24,6 +24,7 @@ import train
 from evaluate import Evaluator, evaluate_model
 from models.loading import load_model
 from utils import checkpoint
+from utils import config as train_config
 from utils.failures import clear_exit
 from utils.plotting import aggregate_seeds, format_steps, metrics_table
 
@@ -170,7 +171,7 @@ def run_name(experiment, dataset_name, steps, seed):
 
 def own_configs(experiment):
     """The sampling configs that the experiment's method measures after training."""
-    config = train.build_config(experiment.method, experiment.overrides)
+    config = train_config.build_config(train.METHODS[experiment.method], experiment.overrides)
     return [(num_steps, settings) for when, num_steps, settings in config.eval_sampling_configs()
             if when == "after"]
 

@@ -77,8 +77,9 @@ def test_an_apple_gpu_is_refused_by_name(no_download, monkeypatch):
 
 def check_memory(*args):
     run_config = resolve(*args)
-    preflight.check_machine(run_config, train.build_config(
-        run_config["method"], run_config["overrides"], run_config["model"], run_config["lora_rank"] > 0))
+    preflight.check_machine(run_config, config.build_config(
+        train.METHODS[run_config["method"]], run_config["overrides"], run_config["model"],
+        run_config["lora_rank"] > 0))
 
 
 def test_too_little_memory_is_told_with_what_would_help(gpu):
@@ -153,14 +154,15 @@ def test_defaults_of_large_models():
 @pytest.mark.parametrize("model", families.MODEL_FAMILIES)
 @pytest.mark.parametrize("method", train.METHODS)
 def test_adapters_learn_faster_than_all_weights(method, model):
-    lora, full = (train.build_config(method, [], model, is_lora) for is_lora in (True, False))
+    lora, full = (config.build_config(train.METHODS[method], [], model, is_lora) for is_lora in (True, False))
     assert lora.lr >= 4 * full.lr
     assert lora.lr_schedule == full.lr_schedule == "constant"
     assert not method.startswith("ad") or not lora.whiten_features
 
 
 def test_add_has_the_papers_settings_on_large_models():
-    notes = config.provenance(train.METHODS["add"], train.build_config("add", [], "sd15", True), "sd15", True)
+    built = config.build_config(train.METHODS["add"], [], "sd15", True)
+    notes = config.provenance(train.METHODS["add"], built, "sd15", True)
     published = {"lambda_distill": 2.5, "r1_gamma": 1e-5, "head_reduction": "sum", "t_max": 1.,
                  "pure_noise_prob": 0., "backward_simulation_prob": 0., "relativistic": False,
                  "student_steps": 4, "disc_conditioning": "text+image", "distill_weighting": "exponential",
@@ -184,7 +186,7 @@ def test_the_batch_of_a_preset_is_divided_among_processes(method, model):
         assert abs(found - wanted) <= unit / 2 or found == n
         note = config.batch_note(train.METHODS[method], c, model, True, n)
         assert (note is None) == (found == wanted)
-        assert note is None or f"a step takes {found} images, the preset {wanted}" in note
+        assert note is None or f"the preset {wanted}, for which its lr and lr_d are meant" in note
         notes = config.provenance(train.METHODS[method], c, model, True, n)
         assert not any(notes[key][1].startswith("user") for key in notes)
 
@@ -206,7 +208,7 @@ def test_a_chosen_batch_is_that_of_each_process_and_a_sentence_names_the_presets
 
 
 def test_every_model_is_fine_tuned_with_its_usual_guidance_in_its_samples():
-    scales = {model: train.build_config("diffusion", [], model, True).guidance_scale
+    scales = {model: config.build_config(train.METHODS["diffusion"], [], model, True).guidance_scale
               for model in families.MODEL_FAMILIES}
     assert scales == {"sd15": 7.5, "sdxl": 5., "sd3": 7., "sd35": 4.5, "sd35-large": 4.5}
 
@@ -260,13 +262,17 @@ def finished(pretrained, tmp_path_factory):
 
 def test_a_run_says_what_it_will_do(finished, pretrained):
     run_dir, printed = finished
-    block = printed.split("\n")[:5]
-    assert [line.split()[0] for line in block] == ["model", "data", "machine", "cost", "writes"]
+    block = printed.split("\n")[:7]
+    assert [line.split()[0] for line in block] == ["model", "data", "steps", "machine", "cost", "writes",
+                                                   "note"]
     assert f"{RESOLUTION} px, LoRA adapters of rank 4" in block[0]
-    assert "images: 3 images; 1 images a step (1 x 1 x 1 processes)" in block[1]
-    assert "CPU, fp32" in block[2]
-    assert "2 steps" in block[3]
-    assert f"{run_dir}: samples every 1 steps, a LoRA file" in block[4]
+    assert ("images: 3 images; 1 image a step (batch_size 1 x 1 micro-batch x 1 process), 0.667 epochs in all"
+            in block[1])
+    assert block[2].endswith(" 2, a checkpoint every 15 minutes")
+    assert "CPU, fp32" in block[3]
+    assert "2 steps" in block[4]
+    assert f"{run_dir}: samples every 1 steps, a LoRA file" in block[5]
+    assert "a step takes 1 image, the preset 4, for which its lr and lr_d are meant" in block[6]
 
 
 def test_the_last_checkpoints_are_kept_and_load(finished, pretrained):
@@ -285,7 +291,7 @@ def test_losses_and_samples_are_in_tensorboard(finished):
     logged = events.Scalars("loss_diffusion")
     assert [event.step for event in logged] == [0, 1]
     assert [event.value for event in logged] == pytest.approx([row["loss_diffusion"] for row in rows])
-    assert [event.step for event in events.Images("samples")] == [1, 2]
+    assert [event.step for event in events.Images("samples")] == [0, 1, 2]
 
 
 def test_samples_show_the_validation_prompt(finished, monkeypatch, pretrained):
@@ -293,7 +299,7 @@ def test_samples_show_the_validation_prompt(finished, monkeypatch, pretrained):
     assert json.loads((run_dir / "config.json").read_text())["prompts"] == ["a red fox"]
     shown = []
     monkeypatch.setattr(train.report.Reporter, "add_samples",
-                        lambda self, step, samples, captions: shown.append((len(samples), captions)))
+                        lambda self, step, rows, captions: shown.append((len(rows[0][1]), captions)))
     monkeypatch.setattr(train, "final_evaluation", lambda *_: None)
     train.main(["--resume", str(run_dir), "--steps", "3"])
     assert shown == [(1, ["a red fox"])]

@@ -33,6 +33,7 @@ import train
 from models import families, loading, pipelines, preflight, stable_diffusion
 from scripts import tiny_pipelines
 from utils import checkpoint
+from utils import config as settings
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -226,7 +227,7 @@ def test_each_half_leaves_gradients_only_in_what_it_trains(pretrained, name, met
 def test_the_adversarial_loss_alone_reaches_every_adapter(pretrained, name, method):
     model = build_model(pretrained, name, rank=2)
     dataset = data.build_dataset(str(pretrained / "images"), RESOLUTION)
-    config = train.build_config(method.__name__, ["batch_size=2"], name)
+    config = settings.build_config(train.METHODS[method.__name__], ["batch_size=2"], name)
     if method is adt:
         config.num_inference_steps, config.num_grad_steps, config.rollout_start = 3, 3, "noise"
     batch = dataset.sample_batch(2, torch.Generator().manual_seed(0))
@@ -299,6 +300,18 @@ def test_the_teacher_of_a_run_that_continues_adapters_has_them(pretrained, tmp_p
         assert torch.equal(teacher.predict(x, t, cond), y_first)
         assert not torch.allclose(model.predict(x, t, cond), y_first, atol=1e-3)
     assert not any(param.requires_grad for param in teacher.network.parameters())
+
+
+def test_a_student_of_a_flow_model_can_have_an_earlier_time_at_pure_noise(pretrained, tmp_path, capsys):
+    """The network of a flow model predicts the mean image at t = T: a sentence says so, and --set t_max
+    trains and exports another time. (tests/test_export.py samples such a card.)"""
+    run_dir = tmp_path / "run"
+    args = train_args(pretrained, "sd3", "--method", "add", "--steps", "1", *lora_args(4))
+    train.main([*args, "--set", "t_max=.9", "--output-dir", str(run_dir)])
+    assert "t_max" not in capsys.readouterr().out.replace(str(run_dir), "")
+    assert "sigmas=[0.9, 0.75, 0.5, 0.25], guidance_scale=1" in (run_dir / "README.md").read_text()
+    train.main([*args, "--output-dir", str(tmp_path / "default")])
+    assert capsys.readouterr().out.count("take --set t_max=.9") == 1
 
 
 @pytest.mark.parametrize("setting", ["t_max=.9", "stochasticity=.5"])

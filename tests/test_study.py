@@ -10,6 +10,7 @@ import evaluate
 import train
 from conftest import ROOT
 from scripts import run_study
+from utils import config
 
 pytestmark = pytest.mark.usefixtures("no_drawing")
 ROWS = [run_study.Experiment("default", method="add", paper_value="20.6 / .319"),
@@ -95,7 +96,7 @@ def test_a_damaged_file_of_metrics_is_an_error_and_a_missing_config_is_left_out(
 def test_every_row_of_every_study_is_a_run_that_could_start():
     for study in run_study.STUDIES.values():
         for row in study.rows:
-            train.build_config(row.method, row.overrides)
+            config.build_config(train.METHODS[row.method], row.overrides)
             assert row.label and (row.steps is None or row.steps > 0)
         assert len({row.label for row in study.rows}) == len(study.rows)
 

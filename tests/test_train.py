@@ -14,6 +14,7 @@ import train
 from conftest import copy_run, make_trainer, train_run
 from discriminator import DiscriminatorInputs
 from models.loading import load_model
+from utils import config as settings
 from utils import training_state
 
 
@@ -22,7 +23,7 @@ from utils import training_state
 def test_a_run_writes_all_its_files(tmp_path, method, dataset, after, monkeypatch, capsys):
     all_configs = add.Config.eval_sampling_configs           # 25 steps take as long as all others together
     monkeypatch.setattr(add.Config, "eval_sampling_configs",
-                        lambda config: [row for row in all_configs(config) if row[1] < 25])
+                        lambda config, *scale: [row for row in all_configs(config, *scale) if row[1] < 25])
     run_dir = train_run(tmp_path / "run", "--method", method, "--data", dataset, "--steps", "3",
                         "--eval-samples", "200")
     log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
@@ -361,8 +362,8 @@ def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypat
     new_defaults = {"lr": 7., "whiten_features": False, "backbone": "cnn"}
     monkeypatch.setattr(module.Config.__init__, "__kwdefaults__",
                         {**module.Config.__init__.__kwdefaults__, **new_defaults})
-    assert train.build_config(method, []).lr == 7.
-    assert train.build_config(method, []).backbone == "cnn"
+    assert settings.build_config(train.METHODS[method], []).lr == 7.
+    assert settings.build_config(train.METHODS[method], []).backbone == "cnn"
     train.main(["--resume", str(run_dir), "--steps", "2", "--eval-samples", "0"])
     run_config = json.loads((run_dir / "config.json").read_text())
     assert run_config["config"] == config

@@ -29,13 +29,15 @@ class Reporter:
         if self.tracker:
             self.tracker.add_scalars(step, {name: value for name, value in row.items() if value is not None})
 
-    def add_samples(self, step, samples, captions):
-        """samples: (B, 3, H, W) from fixed noise."""
-        path = self.run_dir / f"samples_{step:06d}.png"
-        plotting.save_image_grid([(f"step {step}", samples)], path, captions)
-        plotting.plot_training_curves(read_log(self.log.path, max_rows=500), self.run_dir / "curves.png")
-        if self.tracker:
-            self.tracker.add_images(step, samples, captions)
+    def add_samples(self, step, image_rows, captions):
+        """image_rows: [(label, (B, 3, H, W))], of evaluate.evaluate_models, from fixed noise."""
+        plotting.save_image_grid(image_rows, self.run_dir / f"samples_{step:06d}.png", captions)
+        rows = read_log(self.log.path, max_rows=500)
+        if rows:                                            # none before the first step
+            plotting.plot_training_curves(rows, self.run_dir / "curves.png")
+        for i, (_, samples) in enumerate(image_rows):
+            if self.tracker:
+                self.tracker.add_images(step, samples, captions, "samples" if i == 0 else f"samples_{i + 1}")
         gc.collect()                                        # matplotlib's figures hold reference cycles
 
     def close(self):
@@ -54,8 +56,8 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def add_images(self, step, samples, captions):
-        self.writer.add_images("samples", samples * .5 + .5, step)
+    def add_images(self, step, samples, captions, name="samples"):
+        self.writer.add_images(name, samples * .5 + .5, step)
         self.writer.flush()
 
     def close(self):
@@ -74,10 +76,10 @@ class WandB:
     def add_scalars(self, step, values):
         self.run.log(values, step=step)
 
-    def add_images(self, step, samples, captions):
+    def add_images(self, step, samples, captions, name="samples"):
         images = [self.wandb.Image(plotting.to_pil(sample), caption=caption)
                   for sample, caption in zip(samples, captions)]
-        self.run.log({"samples": images}, step=step)
+        self.run.log({name: images}, step=step)
 
     def close(self):
         self.run.finish()

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 import torch
 
 from utils import checkpoint, distributed, precision
+from utils.messages import format_duration
 
 GRAD_NORM_EVERY = 10                   # steps between two measurements of each loss term's gradient norm
 PREFETCH_STEPS = 3                     # steps whose batches are read in advance
 DIAGNOSE_WINDOW = 100                  # steps after which a useless discriminator is reported
+TIMED_STEPS = 10                       # whose mean duration tells how long a large model still takes
 
 
 class TrainingState:
@@ -29,7 +31,7 @@ class TrainingState:
         self.method, self.config, self.dataset = method, config, dataset
         self.step, self.total_steps, self.seed = 0, total_steps, seed
         self.skip_nan, self.num_skipped = skip_nan, 0
-        self.last_saved_step = 0
+        self.last_saved_step = self.first_step = 0
         self.is_small = not model.is_large or model.lora_rank > 0      # measured and saved often
         self.warmup_steps_d = min(config.warmup_steps_d, total_steps // 4) if config.lambda_adv else 0
         self.run_id = [method.__name__, dataset.name, seed]
@@ -85,6 +87,43 @@ class TrainingState:
         """A random seed from the run's seed, the step and a purpose."""
         tags = (self.seed, self.step if step is None else step, *tags)
         return int.from_bytes(hashlib.sha256(repr(tags).encode()).digest()[:8])
+
+    # ------------------------------------------------------------------------------------------ what is told
+
+    def step_label(self):
+        """For a grid of samples: 'step 100', and why nothing has changed in it yet."""
+        if 0 < self.step <= self.warmup_steps_d:
+            return f"step {self.step}, discriminator's warm-up"
+        return f"step {self.step}"
+
+    def progress_notes(self, rows):
+        """Sentences to print after a step; rows: of log.jsonl, up to this step. ArithmeticError if none of
+        many steps was finite."""
+        notes = []
+        if self.step % DIAGNOSE_WINDOW == 0:
+            notes.append(diagnose_discriminator(rows))
+        if self.model.is_large:
+            notes += [self.warmup_note(), self.time_note(rows)]
+        return [note for note in notes if note]
+
+    def warmup_note(self):
+        if 0 < self.step == self.warmup_steps_d:
+            return "the discriminator's warm-up is over; from here on the generator is trained, too"
+        return None
+
+    def time_note(self, rows):
+        """How long the run still takes, TIMED_STEPS steps after its start (without the first, which is slow)
+        and after the warm-up."""
+        if self.step - TIMED_STEPS - 1 not in (self.first_step, self.warmup_steps_d):
+            return None
+        if len(rows) <= TIMED_STEPS or self.step == self.total_steps:
+            return None
+        seconds = (rows[-1]["seconds"] - rows[-1 - TIMED_STEPS]["seconds"]) / TIMED_STEPS
+        left = format_duration(seconds * (self.total_steps - self.step))
+        note = f"{seconds:.2g} s a step, about {left} left without samples and checkpoints"
+        if self.step <= self.warmup_steps_d:
+            note += "; after the discriminator's warm-up a step takes longer"
+        return note
 
     # ------------------------------------------------------------------------------------- gradients and EMA
 
@@ -204,7 +243,7 @@ class TrainingState:
         for name in ("scaler_g", "scaler_d"):
             if state.get(name):                                        # empty unless fp16
                 getattr(self, name).load_state_dict(state[name])
-        self.step = self.last_saved_step = state["step"]
+        self.step = self.last_saved_step = self.first_step = state["step"]
         self.num_skipped, self.warmup_steps_d = state["num_skipped"], state["warmup_steps_d"]
 
     def save(self, run_dir, log, sampling_configs, metadata):
