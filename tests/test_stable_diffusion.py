@@ -344,8 +344,9 @@ def test_the_command_a_user_types(pretrained, tmp_path, name, method, monkeypatc
 
     monkeypatch.chdir(run_dir)
     code = (run_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    guidance_scale = {"add": 1, "diffusion": 7.5, "adt": 7 if name == "sd3" else 7.5}[method]
-    assert f"guidance_scale={guidance_scale}," in code
+    usual = families.GUIDANCE_SCALES[name]
+    guidance_scale = {"add": 1, "diffusion": usual, "adt": usual if name == "sd3" else 7.5}[method]
+    assert f"guidance_scale={guidance_scale:g}," in code
     assert code.count("image = pipe(") == (3 if method == "add" else 1)
     scope = {}
     exec(code, scope)

@@ -128,5 +128,6 @@ def stopped(trainer, resume, number):
     if trainer.step < trainer.total_steps:
         return RunFailed(f"stopped after step {trainer.step}, everything is saved; continue with: {resume}",
                          128 + number)
-    return RunFailed(f"stopped before the table, all {trainer.step} steps are saved; continue with: {resume}",
+    what = "the last samples" if trainer.model.is_large else "the table"
+    return RunFailed(f"stopped before {what}, all {trainer.step} steps are saved; continue with: {resume}",
                      128 + number)

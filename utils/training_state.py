@@ -91,10 +91,10 @@ class TrainingState:
     # ------------------------------------------------------------------------------------------ what is told
 
     def step_label(self):
-        """For a grid of samples: 'step 100', and why nothing has changed in it yet."""
+        """For a grid of samples: 'training step 100', and why nothing has changed in it yet."""
         if 0 < self.step <= self.warmup_steps_d:
-            return f"step {self.step}, discriminator's warm-up"
-        return f"step {self.step}"
+            return f"training step {self.step}, discriminator's warm-up"
+        return f"training step {self.step}"
 
     def progress_notes(self, rows):
         """Sentences to print after a step; rows: of log.jsonl, up to this step. ArithmeticError if none of
