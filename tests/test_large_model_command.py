@@ -506,8 +506,13 @@ def test_large_checkpoints_are_trained_at_512_pixels_where_the_method_says_so(pr
 def test_the_command_at_the_end_of_a_run_names_the_model():
     tiny = cli.evaluation_command({"model": "tiny"}, "runs/a b")
     assert tiny == "python evaluate.py base 'runs/a b'"
-    large = cli.evaluation_command({"model": "sdxl"}, "runs/x")
-    assert large.startswith("python evaluate.py base runs/x --model sdxl --data ")
+    run_config = {"model": "sdxl", "resolution": 512, "pretrained": None, "sampling_configs": [(50, {})]}
+    large = cli.evaluation_command(run_config, "runs/x")
+    start = "python evaluate.py base runs/x --model sdxl --resolution 512"
+    assert large.startswith(f"{start} --steps 10,50 --data ")
+    student = {**run_config, "pretrained": "my model", "sampling_configs": [(1, {"stochasticity": 1.})]}
+    large = cli.evaluation_command(student, "runs/x")                  # each of the two has its own steps
+    assert large.startswith(f"{start} --pretrained 'my model' --data ")
 
 
 @pytest.mark.parametrize("option,value", [("--method", "nope"), ("--model", "nope")])

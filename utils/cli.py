@@ -108,8 +108,13 @@ def evaluation_command(run_config, run_dir):
     command = f"python evaluate.py base {shlex.quote(str(run_dir))}"
     if run_config["model"] == "tiny":
         return command
-    return (f"{command} --model {run_config['model']} --data HELD_OUT_IMAGES --steps 10,50 --dinov2 "
-            "facebook/dinov2-large --clip openai/clip-vit-large-patch14")
+    options = ["--model", run_config["model"], "--resolution", str(run_config["resolution"])]
+    if run_config["pretrained"]:
+        options += ["--pretrained", run_config["pretrained"]]
+    if not any(settings.get("stochasticity") for _, settings in run_config["sampling_configs"]):
+        options += ["--steps", "10,50"]                                # a student has its own, few steps
+    return (f"{command} {shlex.join(options)} --data HELD_OUT_IMAGES --dinov2 facebook/dinov2-large --clip "
+            "openai/clip-vit-large-patch14")
 
 
 def save_interval_s(run_config):
