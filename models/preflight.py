@@ -164,14 +164,16 @@ def describe_run(run_config, run_dir, trainer, method):
         free, total = (n / 2 ** 30 for n in torch.cuda.mem_get_info())
         machine = f"{torch.cuda.get_device_name()}, {total:.0f} GiB, {free:.0f} free"
     source = run_config["pretrained"] or MODEL_FAMILIES[run_config["model"]][2]
-    warmup = ""
-    if trainer.warmup_steps_d:
-        warmup = f" (in the first {trainer.warmup_steps_d} only the discriminator is trained)"
+    steps = f"{trainer.total_steps:,}"
+    if trainer.step:
+        steps += f", {trainer.step:,} of them done"
+    if trainer.step < trainer.warmup_steps_d:
+        steps += f", the first {trainer.warmup_steps_d} for the discriminator alone"
     save_minutes = cli.save_interval_s(run_config) / 60
     lines = [f"model    {run_config['model']} from {source}, {model.resolution} px, {what}: "
-             f"{num_trained / 1e6:.1f} of {num_all / 1e6:.0f} M",
+             f"{format_number(num_trained / 1e6)} of {format_number(num_all / 1e6)} M",
              f"data     {describe_data(run_config, trainer)}",
-             f"steps    {trainer.total_steps:,}{warmup}, a checkpoint every {save_minutes:g} minutes",
+             f"steps    {steps}; a checkpoint every {save_minutes:g} minutes",
              f"machine  {machine}, {dtype}",
              f"cost     {expected_cost(run_config, trainer, device, dtype)}",
              f"writes   {run_dir}: samples every {run_config['eval_every']} steps, "

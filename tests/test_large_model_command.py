@@ -268,7 +268,7 @@ def test_a_run_says_what_it_will_do(finished, pretrained):
     assert f"{RESOLUTION} px, LoRA adapters of rank 4" in block[0]
     assert ("images: 3 images; 1 image a step (batch_size 1 x 1 micro-batch x 1 process), 0.667 epochs in all"
             in block[1])
-    assert block[2].endswith(" 2, a checkpoint every 15 minutes")
+    assert block[2] == "steps    2; a checkpoint every 15 minutes"
     assert "CPU, fp32" in block[3]
     assert "2 steps" in block[4]
     assert f"{run_dir}: samples every 1 steps, a LoRA file" in block[5]

@@ -105,8 +105,8 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
         atomic_write_text(run_dir / "table.md", table + "\n")
         print(f"\n{table}\n\n{verdict(rows)}")
     else:
-        print("no table: measuring needs 400 images or more in --data; Stable Diffusion is measured by "
-              "evaluate.py")
+        print("no table: evaluate.py measures Stable Diffusion; the tiny model needs 400 images or more in "
+              "--data")
     print(f"images before and after: {run_dir}/before_after.png    curves: {run_dir}/curves.png")
 
 
