@@ -15,7 +15,7 @@ import evaluate
 import train
 from conftest import make_trainer
 from models import families, named, pipelines, preflight
-from utils import cli, report
+from utils import cli, plotting, report
 from utils.messages import format_duration
 
 pytestmark = pytest.mark.usefixtures("cache_home")
@@ -231,3 +231,12 @@ def test_a_table_for_stable_diffusion_is_refused_with_a_reason():
     with pytest.raises(ValueError, match=r"--eval-samples 400: .*has no table; evaluate\.py measures"):
         resolve("--model", "sd15", "--eval-samples", "400")
     resolve("--model", "sd15", "--eval-samples", "0")
+
+
+def test_the_end_of_a_long_label_tells_rows_apart():
+    """Steps and guidance stay, whatever the settings before them."""
+    settings = "add batch_size=2 gradient_accumulation_steps=2 warmup_steps_d=3 lr=1e-4 lr_d=1e-3 (14 steps)"
+    labels = [f"{settings}, {n} steps, guidance 7.5" for n in (10, 50)]
+    wrapped = [" ".join(plotting.wrap(label, 20, 6, num_last=2)) for label in labels]
+    assert [text.split("…")[1].split()[-4:] for text in wrapped] == [["10", "steps,", "guidance", "7.5"],
+                                                                     ["50", "steps,", "guidance", "7.5"]]

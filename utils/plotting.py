@@ -109,12 +109,12 @@ SMALL = 64                                              # pixels; up to here sin
 MAX_COLUMNS = 10                                        # of a grid; longer rows are broken
 
 
-def wrap(text, width, max_lines):
+def wrap(text, width, max_lines, num_last=1):
     """Text in at most max_lines lines of `width` characters; what does not fit is left out before the last
-    line, which tells the labels of a grid apart."""
+    num_last lines, which tell the labels of a grid apart."""
     lines = [part for line in text.split("\n") for part in textwrap.wrap(line, width)]
     if len(lines) > max_lines:
-        lines = [*lines[:max_lines - 2], "…", lines[-1]]
+        lines = [*lines[:max_lines - num_last - 1], "…", *lines[-num_last:]]
     return lines
 
 
@@ -125,7 +125,7 @@ def image_grid(rows, captions=None):
     num_images = len(rows[0][1])
     num_blocks = math.ceil(num_images / MAX_COLUMNS)
     columns = math.ceil(num_images / num_blocks)
-    labels = [wrap(label, 20, 6) for label, _ in rows]
+    labels = [wrap(label, 20, 6, num_last=2) for label, _ in rows]     # steps and guidance are at the end
     titles = [wrap(caption, 15, 5) for caption in captions or []][:num_images]
     left = .62 * FONT_SIZE / 72 * max((len(line) for label in labels for line in label), default=0) + .1
     title_height = LINE * max((len(title) for title in titles), default=0) + .08
