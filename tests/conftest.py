@@ -1,6 +1,7 @@
 """What all tests share: the import path, one thread per test process, a small denoiser, and short runs."""
 
 import functools
+import gc
 import hashlib
 import os
 import shutil
@@ -27,6 +28,12 @@ from models.tiny import noise_schedule  # noqa: E402
 from utils import plotting, precision  # noqa: E402
 
 DISCRIMINATORS = ["similarity", "asymmetric", "difference", "relativistic", "projected"]  # ADT's
+DRAWING = {name: getattr(plotting, name) for name in ("plot_training_curves", "save_image_grid")}
+
+
+def pytest_collection_finish():
+    """Tests and libraries stay to the end: the garbage collector, which every run calls, may skip them."""
+    gc.freeze()
 
 
 # ---------------------------------------------------------------------------------------------- denoisers
@@ -205,11 +212,20 @@ def constants_computed_once():
     patch.undo()
 
 
-@pytest.fixture
-def no_drawing(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def no_drawing():
     """Runs write empty files in place of curves and sample grids, which take longer than their steps."""
-    monkeypatch.setattr(plotting, "plot_training_curves", lambda log, path: path.touch())
-    monkeypatch.setattr(plotting, "save_image_grid", lambda rows, path, *_, **__: path.touch())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plotting, "plot_training_curves", lambda log, path: Path(path).touch())
+        patch.setattr(plotting, "save_image_grid", lambda rows, path, *_, **__: Path(path).touch())
+        yield
+
+
+@pytest.fixture
+def drawing(monkeypatch):
+    """Curves and sample grids are drawn, for tests that look at them."""
+    for name, function in DRAWING.items():
+        monkeypatch.setattr(plotting, name, function)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ file prints a table of all cases."""
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -397,8 +398,13 @@ def run_case(entry_point, arguments, folder):
 def snapshot():
     """When each file of the repository was last written."""
     ignored = {".git", "__pycache__", ".pytest_cache", ".ruff_cache", ".venv", "venv"}
-    return {path: path.stat().st_mtime_ns for path in ROOT.rglob("*")
-            if not ignored & set(path.relative_to(ROOT).parts)}
+    times = {}
+    for folder, subfolders, names in os.walk(ROOT):
+        subfolders[:] = set(subfolders) - ignored                      # os.walk enters no others
+        for name in subfolders + names:
+            path = os.path.join(folder, name)
+            times[path] = os.stat(path).st_mtime_ns
+    return times
 
 
 @pytest.fixture

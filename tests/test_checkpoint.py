@@ -19,7 +19,6 @@ from conftest import ROOT, copy_run, train_run
 from discriminator import DiscriminatorInputs
 from utils import checkpoint, training_state
 
-pytestmark = pytest.mark.usefixtures("no_drawing")
 RESUME = ["--eval-samples", "0", "--resume"]
 
 

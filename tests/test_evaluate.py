@@ -180,7 +180,7 @@ def test_texts_of_a_grid_are_readable_and_do_not_overlap():
     assert any(text.get_text().endswith("10 steps") for text, _ in found)     # a long label keeps its end
 
 
-def test_a_grid_shows_the_images_in_their_places(tmp_path):
+def test_a_grid_shows_the_images_in_their_places(tmp_path, drawing):
     from PIL import Image
     images = torch.ones(2, 3, 8, 8)
     images[0] = -1.                                          # black, then white
@@ -193,7 +193,7 @@ def test_a_grid_shows_the_images_in_their_places(tmp_path):
     assert centers.tolist() == [[0, 255], [255, 0]]
 
 
-def test_training_curves_are_labelled_and_shade_what_is_healthy(tmp_path, monkeypatch):
+def test_training_curves_are_labelled_and_shade_what_is_healthy(tmp_path, drawing, monkeypatch):
     from matplotlib.figure import Figure
     figures = []
     savefig = Figure.savefig
@@ -346,7 +346,7 @@ def test_without_names_every_pretrained_model_is_sampled_as_it_was_made_for(stud
         evaluate.main(["adt", "--prompt", "a red umbrella"])
 
 
-def test_the_command_prints_a_table_and_says_what_it_wrote(tmp_path, capsys):
+def test_the_command_prints_a_table_and_says_what_it_wrote(tmp_path, drawing, capsys):
     argv = ["base", "--data", "glyphs", "--steps", "1", "--eval-samples", "200",
             "--output", str(tmp_path / "grid.png")]
     evaluate.main(argv)

@@ -39,7 +39,7 @@ def run_here(name, args, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ARGS)
-def test_the_example_works(name, tmp_path, monkeypatch):
+def test_the_example_works(name, tmp_path, drawing, monkeypatch):
     (tmp_path / f"{name}.py").write_text(EXAMPLES[name])
     if name == "single_step":                    # resumed by its own name, which train.py does not know
         run_program(name, ARGS[name], tmp_path)

@@ -177,7 +177,7 @@ def test_the_report_reads_the_initial_model_again_and_drops_the_optimisers(pretr
     assert not any(param.requires_grad for param in before.network.parameters())
 
 
-def test_a_run_of_all_weights_ends_with_images_from_before_and_after(pretrained, tmp_path):
+def test_a_run_of_all_weights_ends_with_images_from_before_and_after(pretrained, drawing, tmp_path):
     args = train_args(pretrained, "sd15", "--method", "adt", "--full", "--steps", "1", *SHORT_PATH)
     args[args.index("--eval-samples") + 1] = "1"
     train.main([*args, "--output-dir", str(tmp_path / "run")])

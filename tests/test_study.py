@@ -12,7 +12,6 @@ from conftest import ROOT
 from scripts import run_study
 from utils import config
 
-pytestmark = pytest.mark.usefixtures("no_drawing")
 ROWS = [run_study.Experiment("default", method="add", paper_value="20.6 / .319"),
         run_study.Experiment("random init", ["init=random"], method="add", paper_value="293.6 / .065"),
         run_study.Experiment("default again", method="add", paper_value="20.6 / .319")]

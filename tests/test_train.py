@@ -20,7 +20,7 @@ from utils import training_state
 
 @pytest.mark.parametrize("method,dataset,after", [("adt", "glyphs", "2 steps"), ("add", "glyphs", "4 steps"),
                                                   ("diffusion", "fashion", "2 steps")])
-def test_a_run_writes_all_its_files(tmp_path, method, dataset, after, monkeypatch, capsys):
+def test_a_run_writes_all_its_files(tmp_path, method, dataset, after, drawing, monkeypatch, capsys):
     all_configs = add.Config.eval_sampling_configs           # 25 steps take as long as all others together
     monkeypatch.setattr(add.Config, "eval_sampling_configs",
                         lambda config, *scale: [row for row in all_configs(config, *scale) if row[1] < 25])
@@ -323,7 +323,7 @@ def test_a_mistake_is_reported_before_an_existing_run(arguments, adt_run, capsys
     assert "already holds a run" not in capsys.readouterr().err
 
 
-def test_a_run_is_only_replaced_with_overwrite(tmp_path, adt_run, no_drawing, capsys):
+def test_a_run_is_only_replaced_with_overwrite(tmp_path, adt_run, capsys):
     run_dir = copy_run(adt_run, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
     with pytest.raises(SystemExit) as stop:
@@ -355,7 +355,7 @@ def test_a_folder_of_images_from_pretraining_to_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["adt", "add", "diffusion"])
-def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypatch, no_drawing, method):
+def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypatch, method):
     run_dir = train_run(tmp_path / "run", "--method", method, "--steps", "1", "--seed", "3")
     config = json.loads((run_dir / "config.json").read_text())["config"]
     module = train.METHODS[method].module
@@ -421,7 +421,7 @@ def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["dear.txt"]
 
 
-def test_a_run_folder_with_any_name_can_be_printed(tmp_path, no_drawing, monkeypatch):
+def test_a_run_folder_with_any_name_can_be_printed(tmp_path, monkeypatch):
     """stdout's encoding may lack its characters, as with PYTHONIOENCODING=cp1252."""
     stdout = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout, encoding="cp1252", errors="strict"))
