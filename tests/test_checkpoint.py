@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed, out of disk, or meet a NaN: what they had is kept, and they resume with
 the same bits."""
 
+import copy
 import json
 import os
 import random
@@ -322,23 +323,34 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, adt_run, capsys):
     assert checkpoint_and_log(run_dir)[0]["step"] == 4
 
 
-@pytest.fixture(scope="module")
-def three_steps(tmp_path_factory):
-    return train_run(tmp_path_factory.mktemp("three") / "run", "--steps", "3")
+def write_log(path, lines):
+    """One line for each character: a digit is the row of that step, the others are damaged rows."""
+    rows = {"{": '{"step": 2, "di', "x": "3", "[": "[" * 99999, " ": '{"seconds": 1}',
+            **{str(i): json.dumps({"step": i, "seconds": 1.}) for i in range(4)}}
+    path.write_text("\n".join(rows[c] for c in lines))
 
 
 @pytest.mark.parametrize("lines", ["012{", "0123", "01x2", "0 2", "0122", "2", "", "01[", "013"])
-def test_a_damaged_log_is_no_obstacle(tmp_path, three_steps, lines, capsys):
+def test_a_damaged_log_is_no_obstacle(tmp_path, lines, capsys):
     """Rows belong to steps, not to lines: none occurs twice, and lost ones are reported."""
-    run_dir = copy_run(three_steps, tmp_path / "run")
-    rows = {"{": '{"step": 2, "di', "x": "3", "[": "[" * 99999, " ": '{"seconds": 1}',
-            **{str(i): json.dumps({"step": i, "seconds": 1.}) for i in range(4)}}
-    (run_dir / "log.jsonl").write_text("\n".join(rows[c] for c in lines))
-    capsys.readouterr()
-    train.main([*RESUME, str(run_dir), "--steps", "4"])
+    path = tmp_path / "log.jsonl"
+    write_log(path, lines)
+    log = checkpoint.JsonlLog(path, 3)
+    log.append({"step": 3, "seconds": 2.}, 9)
+    log.file.close()
     kept = sorted({int(c) for c in lines.split("x")[0].split(" ")[0] if c in "012"})
-    assert [row["step"] for row in checkpoint_and_log(run_dir)[1]] == [*kept, 3]
+    steps = [*kept, 3]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == steps
+    assert [row["step"] for row in log.rows] == steps
     assert ("lost" in capsys.readouterr().out) == (len(kept) < 3)
+
+
+def test_a_run_with_a_damaged_log_is_resumed(tmp_path, adt_run, capsys):
+    run_dir = copy_run(adt_run, tmp_path / "run")
+    write_log(run_dir / "log.jsonl", "0{")
+    train.main([*RESUME, str(run_dir), "--steps", "3"])
+    assert [row["step"] for row in checkpoint_and_log(run_dir)[1]] == [0, 2]
+    assert "log.jsonl: 1 of its 2 rows are lost" in capsys.readouterr().out
 
 
 def test_a_row_that_a_full_disk_dropped_is_written_with_the_next_checkpoint(tmp_path):
@@ -365,6 +377,13 @@ def test_a_long_log_is_subsampled_for_the_curves(tmp_path):
     assert len(checkpoint.read_log(path)) == 20000
 
 
+@pytest.fixture(scope="module")
+def resumed(adt_run):
+    """A Trainer that has resumed the run, and the state that it loaded."""
+    trainer = train.setup(train.parse_args([*RESUME, str(adt_run), "--steps", "3"])[1])[2]
+    return trainer, torch.load(adt_run / "checkpoint.pt", weights_only=True)
+
+
 @pytest.mark.parametrize("corrupt", [
     lambda s: s["opt_g"]["state"][0].update(exp_avg=torch.zeros(3)),
     lambda s: s["opt_d"]["state"][0].update(exp_avg_sq=torch.zeros(3)),
@@ -378,10 +397,22 @@ def test_a_long_log_is_subsampled_for_the_curves(tmp_path):
     lambda s: s["disc"]["heads.0.conv_out.bias"].fill_(float("nan")),
     lambda s: s["opt_g"]["state"][0]["exp_avg"].fill_(float("nan")),
     lambda s: s["opt_d"]["state"][0]["exp_avg_sq"].fill_(float("inf"))])
-def test_a_checkpoint_is_validated_before_use(tmp_path, adt_run, corrupt, capsys):
+def test_a_checkpoint_is_validated_before_use(adt_run, resumed, corrupt, monkeypatch):
+    trainer, good = resumed
+    state = copy.deepcopy(good)
+    corrupt(state)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: state)
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged or belongs to another run"):
+        trainer.resume(adt_run)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: good)
+    trainer.resume(adt_run)
+    assert trainer.step == 2
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path, adt_run, capsys):
     run_dir = copy_run(adt_run, tmp_path / "run")
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    corrupt(state)
+    state["ema"][0].fill_(float("nan"))
     torch.save(state, run_dir / "checkpoint.pt")
     assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "3") == 2
     assert "damaged or belongs to another run" in capsys.readouterr().err

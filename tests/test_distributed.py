@@ -23,6 +23,11 @@ import matplotlib.figure, peft
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import Dinov2Model
 import train
+from pathlib import Path
+from utils import plotting
+
+plotting.plot_training_curves = lambda log, path: Path(path).touch()  # they take longer than the steps
+plotting.save_image_grid = lambda rows, path, *_, **__: Path(path).touch()
 
 def run(environment, arguments, stderr):
     os.environ.update(environment)

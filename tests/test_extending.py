@@ -42,7 +42,7 @@ def run_here(name, args, folder, monkeypatch):
 def test_the_example_works(name, tmp_path, drawing, monkeypatch):
     (tmp_path / f"{name}.py").write_text(EXAMPLES[name])
     if name == "single_step":                    # resumed by its own name, which train.py does not know
-        run_program(name, ARGS[name], tmp_path)
+        run_here(name, ARGS[name], tmp_path, monkeypatch)
         run_program(name, ["--resume", "run", "--steps", "3", "--eval-samples", "0"], tmp_path)
         assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 3
     else:

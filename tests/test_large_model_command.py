@@ -395,11 +395,11 @@ def test_a_compiled_network_trains_and_keeps_its_names(monkeypatch, pretrained, 
         compiled.append(type(module).__name__)
         compile_module(module, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    run_dir = default_run(pretrained, tmp_path / "run", "--compile", "--no-gradient-checkpointing",
-                          "--lora-rank", "4", "--eval-samples", "0")
+    args = ["--method", "diffusion", "--set", "batch_size=1", "--validation-prompt", "a red fox",
+            "--no-gradient-checkpointing", "--lora-rank", "4", "--eval-samples", "0"]
+    run_dir = default_run(pretrained, tmp_path / "run", "--compile", *args)
     assert compiled == ["UNet2DConditionModel"]
-    plain = default_run(pretrained, tmp_path / "plain", "--no-gradient-checkpointing", "--lora-rank", "4",
-                        "--eval-samples", "0")
+    plain = default_run(pretrained, tmp_path / "plain", *args)
     rows = [[json.loads(line)["loss_diffusion"] for line in (folder / "log.jsonl").read_text().splitlines()]
             for folder in (run_dir, plain)]
     assert rows[0] == pytest.approx(rows[1], rel=1e-3)

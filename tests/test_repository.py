@@ -138,6 +138,17 @@ def test_the_equation_map_is_current():
         "run python -m scripts.make_equation_map")
 
 
+def test_the_names_of_the_notation_are_those_of_the_code():
+    text = (ROOT / "docs" / "notation.md").read_text()
+    rows = [re.split(r" *\| *", line) for line in text.splitlines() if line.startswith("| ")][1:]
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row[3])]
+    code = "\n".join(path.read_text() for path in source_files("", "models"))
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
+    assert all(re.search(r"`\w+`", row[3]) and row[2] and row[4] for row in rows)
+    assert len(names) >= 30
+    assert len(rows) <= 25
+
+
 def test_the_tables_of_the_pages_are_those_of_the_studies():
     num_tables, studies = 0, make_figures.load_studies()
     for page in make_figures.PAGES:

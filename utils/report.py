@@ -3,7 +3,9 @@
 import gc
 import json
 import math
+import re
 import time
+from pathlib import Path
 
 from utils import checkpoint, distributed, plotting
 from utils.checkpoint import atomic_write_text, read_log
@@ -100,7 +102,8 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
     rows, image_rows: of evaluate.evaluate_models; num_images: measured in each row."""
     plotting.save_image_grid(image_rows, run_dir / "before_after.png", captions)
     if rows:
-        table = plotting.metrics_table(rows, num_images=num_images)
+        best = best_base_row(checkpoint.load_run_config(run_dir / "config.json"), num_images)
+        table = table_with_best_base(rows, best, num_images)
         atomic_write_text(run_dir / "result.json", json.dumps(dict(rows), indent=1))
         atomic_write_text(run_dir / "table.md", table + "\n")
         print(f"\n{table}\n\n{verdict(rows)}")
@@ -108,6 +111,33 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
         print("no table: evaluate.py measures Stable Diffusion; the tiny model needs 400 images or more in "
               "--data")
     print(f"images before and after: {run_dir}/before_after.png    curves: {run_dir}/curves.png")
+
+
+RESULTS_DIR = Path(__file__).parent.parent / "results" / "runs"
+
+
+def best_base_row(run_config, num_images):
+    """The pretrained model at its best number of steps -> (label, metrics, source), or None. It is not
+    measured: as many images as in the run's table were, with the same seed, when results/ was made."""
+    path = RESULTS_DIR / f"base-{run_config['data']}.json"
+    if run_config["pretrained"] or run_config["data"] not in ("glyphs", "fashion") or not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    rows = [stored[key] for key in stored if re.fullmatch(rf"\d+ steps? \({num_images} images\)", key)]
+    if not rows:
+        return None
+    best = min(rows, key=lambda metrics: metrics["fd"])
+    return f"before, {plotting.format_steps(best['steps'])}", best, f"results/runs/{path.name}"
+
+
+def table_with_best_base(rows, best, num_images):
+    """The table of a run; `best`, of best_base_row, stands below the other rows of the initial model."""
+    if best is None or best[0] in dict(rows):
+        return plotting.metrics_table(rows, num_images=num_images)
+    label, metrics, source = best
+    i = sum(label.startswith("before") for label, _ in rows)
+    table = plotting.metrics_table([*rows[:i], (label, metrics), *rows[i:]], num_images=num_images)
+    return f"{table} {label.capitalize()}: the best number of steps, from {source}."
 
 
 def verdict(rows):
