@@ -161,7 +161,7 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
 
 def test_a_sharded_run_resumes(pretrained, server, tmp_path):
     """Weights, EMA weights and moments are sharded again; a single process may not resume the run."""
-    arguments = [*large_arguments(pretrained, "sdxl"), "--method", "diffusion", "--set", "batch_size=1",
+    arguments = [*large_arguments(pretrained, "sd3"), "--method", "diffusion", "--set", "batch_size=1",
                  "--set", "num_inference_steps=2", "--set", "gradient_accumulation_steps=1", "--full",
                  "--fsdp", "--gradient-checkpointing"]
     run_dir = tmp_path / "resumed"
@@ -259,10 +259,18 @@ def restore_sigint():
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_process_that_waits_for_the_others_can_be_stopped(number, code):
-    start = ("import train; from utils import distributed, failures; failures.interrupt_on_sigterm(); "
-             "wait = distributed.wait_for_processes; "
-             "distributed.wait_for_processes = lambda *args: (print('waiting', flush=True), wait(*args)); "
-             "train.main(['--steps', '1'])")
+    start = """
+import argparse
+from utils import distributed, failures
+wait = distributed.wait_for_processes
+def announced_wait(*args):
+    print("waiting", flush=True)
+    wait(*args)
+distributed.wait_for_processes = announced_wait
+failures.interrupt_on_sigterm()
+with failures.clear_exit(argparse.ArgumentParser(), "program"):
+    distributed.init_distributed()
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", start], cwd=ROOT, preexec_fn=restore_sigint, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
