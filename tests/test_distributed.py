@@ -19,7 +19,7 @@ from utils import distributed
 # each process, the arguments of train.py, the path of their stderr. The answer is a list of exit codes.
 SERVER = """
 import json, os, sys, traceback
-import matplotlib.figure, peft
+import peft
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import Dinov2Model
 import train

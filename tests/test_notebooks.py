@@ -1,6 +1,6 @@
 """The notebooks run from a clean kernel, and are committed as they ran.
 
-    python -m pytest -m notebooks -n 2 --dist load    executes them, shortened: five minutes on two cores
+    python -m pytest -m notebooks -n 2 --dist load    executes them, shortened
 
 To change one, edit it, execute it from the first cell and save it with its outputs. With SHORT_NOTEBOOKS in
 the environment they take fewer training steps and measure fewer images; their outputs are of full length.
