@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import distributed, hub_data, image_folder
+from utils import aspect_buckets, distributed, hub_data, image_folder
 from utils.batch import Batch, check_split
 from utils.captioned_images import CaptionedImages, StreamedImages
 from utils.checkpoint import atomic_write, cache_dir
@@ -272,23 +272,39 @@ def dataset_name(name):
     return Path(name).resolve().name or "folder"    # the root of a file system has no name
 
 
-def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random_crop=False):
+def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random_crop=False,
+                  bucket_multiple=None):
     """A data set by its name, whose images get resolution x resolution pixels: 'glyphs', 'fashion', a folder,
-    a hub data set, or .tar shards. random_flip, random_crop: augment what training_batch returns. ValueError
-    or OSError with a sentence to show."""
+    a hub data set, or .tar shards. random_flip, random_crop: augment what training_batch returns.
+    bucket_multiple: its images get the shapes of aspect-ratio buckets, whose sides are multiples of this.
+    ValueError or OSError with a sentence to show."""
     if name in ("glyphs", "fashion"):
         if random_flip or random_crop:
             option = "--random-flip" if random_flip else "--random-crop"
             raise ValueError(f"{option} is for folders and hub data sets: the captions of {name} would not "
                              "fit its images any more")
+        if bucket_multiple:
+            raise ValueError(f"--aspect-buckets is for folders and hub data sets: all images of {name} are "
+                             "squares")
         return Glyphs(resolution) if name == "glyphs" else Fashion()
     short_name = dataset_name(name)
     if name == DEFAULT_HUB_DATASET and distributed.get_rank() == 0:
         print_message(default_dataset_message())
     source = hub_data.parse_source(name)
     source = image_folder.ImageFolder(name) if source is None else hub_data.open_source(source)
-    dataset_cls = StreamedImages if isinstance(source, hub_data.Stream) else CaptionedImages
+    is_stream = isinstance(source, hub_data.Stream)
+    if bucket_multiple:
+        dataset_cls = aspect_buckets.BucketedStream if is_stream else aspect_buckets.BucketedImages
+        return dataset_cls(short_name, source, resolution, bucket_multiple, random_flip, random_crop)
+    dataset_cls = StreamedImages if is_stream else CaptionedImages
     return dataset_cls(short_name, source, resolution, random_flip, random_crop)
+
+
+def training_dataset(run_config, model):
+    """The data set of a run, at the resolution of its model."""
+    bucket_multiple = model.size_multiple if run_config["aspect_buckets"] else None
+    return build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
+                         run_config["random_crop"], bucket_multiple)
 
 
 def default_dataset_message():

@@ -158,8 +158,7 @@ def setup(args):
                                run_config["vae"], max_resolution)
     if model.is_large:
         run_config["resolution"] = model.resolution
-    dataset = data.build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
-                                 run_config["random_crop"])
+    dataset = data.training_dataset(run_config, model)
     config.check_model(model, run_config["fsdp"])
     with torch.no_grad():                                              # every caption must be encodable
         model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],

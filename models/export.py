@@ -130,12 +130,15 @@ def model_card(model, run_dir, scheduler, sampling_configs, metadata):
     if model.lora_rank:
         header += ["tags: [lora]"]
         trained = f"LoRA adapters of rank {model.lora_rank}"
-    size = f"{model.resolution} x {model.resolution}"
+    size = f"{model.resolution} x {model.resolution} pixels"
+    sizes = "Scheduler, steps, guidance scale, height and width are those of the training; "
+    if "buckets" in metadata:
+        size = f"about {size}, in the shapes (width x height) of `buckets` below"
+        sizes = "Scheduler, steps, guidance scale are those of the training, height and width of a bucket; "
     lines = ["---", *header, "---", "", f"# Fine-tuned {model.pipeline_cls.__name__}", "",
-             f"Trained from {model.pretrained_path!r}: {trained}, on images of {size} pixels. In this folder "
+             f"Trained from {model.pretrained_path!r}: {trained}, on images of {size}. In this folder "
              "it is opened and sampled like this:", "",
              "```python", *usage_code(model, run_dir, scheduler, sampling_configs), "```", "",
-             "Scheduler, steps, guidance scale, height and width are those of the training; the model was "
-             "trained for no others.", ""]
+             f"{sizes}the model was trained for no others.", ""]
     lines += [f"- {name}: `{json.dumps(value)}`" for name, value in metadata.items()]
     return "\n".join(lines).rstrip() + "\n"

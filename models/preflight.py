@@ -173,6 +173,7 @@ def describe_run(run_config, run_dir, trainer, method):
     lines = [f"model    {run_config['model']} from {source}, {model.resolution} px, {what}: "
              f"{format_number(num_trained / 1e6)} of {format_number(num_all / 1e6)} M",
              f"data     {describe_data(run_config, trainer)}",
+             *(f"buckets  {summary}" for summary in trainer.bucket_metadata().values()),
              f"steps    {steps}; a checkpoint every {save_minutes:g} minutes",
              f"machine  {machine}, {dtype}",
              f"cost     {expected_cost(run_config, trainer, device, dtype)}",

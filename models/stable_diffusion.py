@@ -67,8 +67,9 @@ class LatentDenoiser(Denoiser):
         self.lora_layers = []          # layers with adapters; a list, so that they are no second submodules
         self.lora_disabled = False     # in a frozen copy: the network without its adapters
         vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if resolution < 1 or resolution % (8 * vae_scale_factor):
-            raise ValueError(f"--resolution {resolution}: wanted a multiple of {8 * vae_scale_factor}, since "
+        self.size_multiple = 8 * vae_scale_factor
+        if resolution < 1 or resolution % self.size_multiple:
+            raise ValueError(f"--resolution {resolution}: wanted a multiple of {self.size_multiple}, since "
                              "the network halves the latent three times")
         self.resolution = resolution
         self.latent_shape = (self.vae.config.latent_channels, resolution // vae_scale_factor,
@@ -336,8 +337,8 @@ class SD15(LatentDenoiser):
 
 
 class SDXL(LatentDenoiser):
-    """Stable Diffusion XL: two CLIP text encoders; the network is also given the size of the original image
-    and the corner of the crop."""
+    """Stable Diffusion XL: two CLIP text encoders; the network is also given the size of the original image,
+    the corner of the crop and the size that it is to generate."""
 
     def encode_prompt(self, captions):
         pipe = self._pipe[0]
@@ -362,9 +363,11 @@ class SDXL(LatentDenoiser):
 
     def call_network(self, x, t_input, cond):
         micro_cond = cond.get("micro_cond")
+        pixels_per_latent = self.resolution // self.latent_shape[-1]
+        height, width = (side * pixels_per_latent for side in x.shape[-2:])
         if micro_cond is None:
-            micro_cond = torch.tensor([[self.resolution, self.resolution, 0, 0]], device=x.device)
-        target_size = torch.full_like(micro_cond[:, :2], self.resolution)
+            micro_cond = torch.tensor([[height, width, 0, 0]], device=x.device)
+        target_size = micro_cond.new_tensor([[height, width]]).expand(len(micro_cond), 2)
         time_ids = torch.cat([micro_cond, target_size], 1).expand(len(x), 6)
         added_cond = {"text_embeds": cond["pooled"], "time_ids": time_ids}
         return self.network(x, t_input, cond["text"], added_cond_kwargs=added_cond).sample

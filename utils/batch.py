@@ -33,9 +33,11 @@ class Batch:
                      self.generator)
 
     def to(self, device, resolution=None):
-        """The images on a device, resized to the model's resolution (bicubic) if they have another."""
+        """The images on a device, resized to the model's resolution (bicubic) if they are squares of another;
+        other shapes are those of aspect-ratio buckets."""
         image = self.image.to(device, non_blocking=self.image.is_pinned())
-        if resolution and resolution != image.shape[-1]:
+        is_square = image.shape[-1] == image.shape[-2]
+        if resolution and is_square and resolution != image.shape[-1]:
             image = F.interpolate(image, (resolution, resolution), mode="bicubic", antialias=True)
             image = image.clamp(-1, 1)
         return Batch(image, self.caption, self.attributes, self.mentioned, self.micro_cond, self.generator)

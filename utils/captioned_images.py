@@ -2,7 +2,7 @@
 
 Both have `training_batch`, which gives the images at a position of a run: in an epoch every image comes once
 before any comes again, in all processes together, and a resumed run continues where it was.
-Read next: utils/image_folder.py, utils/hub_data.py, the sources of the images
+Read next: utils/image_folder.py, utils/hub_data.py, the sources of the images; utils/aspect_buckets.py
 """
 
 from itertools import islice
@@ -22,7 +22,8 @@ class CaptionedImages:
     are kept in memory; otherwise they are read when they are sampled. Every split is the whole set. The one
     attribute is the caption: which of all captions belongs to this image?"""
     has_fixed_captions = True
-    is_stream = False
+    has_own_positions = False    # a position counts the images of all processes
+    keeps_images = True
 
     def __init__(self, name, source, resolution, random_flip=False, random_crop=False):
         """source: an ImageFolder or a TableImages. random_flip, random_crop: of training images."""
@@ -39,17 +40,18 @@ class CaptionedImages:
         self.epoch_order = EpochOrder(size)
         self.reader = ImageReader(resolution, size)
         self.image_cache = None
-        if size * 3 * resolution ** 2 < CACHE_BYTES and not random_crop:
+        if self.keeps_images and size * 3 * resolution ** 2 < CACHE_BYTES and not random_crop:
             self.image_cache = list(self.reader.pool.map(self.read_image, range(size)))
 
-    def read_image(self, row, crop=CENTRE, flip=False):
-        """-> image (3, R, R) uint8 and micro_cond (4,), or None if the image cannot be read."""
-        return self.reader.read(lambda: self.source.open(row), self.source.describe(row), crop, flip)
+    def read_image(self, row, crop=CENTRE, flip=False, shape=None):
+        """-> image (3, R, R) uint8 and micro_cond (4,), or None if the image cannot be read. shape: (height,
+        width) in place of the square."""
+        return self.reader.read(lambda: self.source.open(row), self.source.describe(row), crop, flip, shape)
 
-    def load_image(self, row, crop=CENTRE, flip=False):
+    def load_image(self, row, crop=CENTRE, flip=False, shape=None):
         """The same, from the memory if it is there."""
         if self.image_cache is None:
-            return self.read_image(row, crop, flip)
+            return self.read_image(row, crop, flip, shape)
         if flip and self.image_cache[row]:
             image, micro_cond = self.image_cache[row]
             return image.flip(-1), micro_cond    # the square in the middle stays where it is
@@ -59,12 +61,16 @@ class CaptionedImages:
         """The n images at a position of a run: its images before this batch, in all processes. Within an
         epoch all are different. seed: of the run. generator: draws crops, flips, and what replaces an image
         that cannot be read."""
-        rows = self.epoch_order.rows(position, n, seed)
+        rows, shape = self.training_rows(position, n, seed)
         augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
-        items = self.reader.pool.map(lambda row, args: self.load_image(row, *args), rows, augmentation)
-        loaded = [(row, *item) if item else self.load_next(self.readable_rows(generator), 1)[0]
+        items = self.reader.pool.map(lambda row, args: self.load_image(row, *args, shape), rows, augmentation)
+        loaded = [(row, *item) if item else self.load_next(self.readable_rows(generator), 1, shape)[0]
                   for row, item in zip(rows, list(items))]
         return self.make_batch(loaded)
+
+    def training_rows(self, position, n, seed):
+        """-> the rows of training_batch, and the (height, width) of its images, None for the square."""
+        return self.epoch_order.rows(position, n, seed), None
 
     def sample_batch(self, n, generator=None, split="train"):
         """n images, all different as long as the set has n."""
@@ -82,13 +88,13 @@ class CaptionedImages:
         return (row for row in shuffled_forever(len(self.captions), generator)
                 if self.source.describe(row) not in self.reader.unreadable)
 
-    def load_next(self, row_iter, n):
+    def load_next(self, row_iter, n, shape=None):
         """-> n times (row, image, micro_cond). An image that cannot be read is replaced by the next one."""
         loaded = []
         while len(loaded) < n:
             rows = list(islice(row_iter, n - len(loaded)))
-            loaded += [(row, *item) for row, item in zip(rows, self.reader.pool.map(self.load_image, rows))
-                       if item]
+            items = self.reader.pool.map(lambda row: self.load_image(row, shape=shape), rows)
+            loaded += [(row, *item) for row, item in zip(rows, items) if item]
         return loaded
 
     def make_batch(self, loaded):
@@ -104,7 +110,7 @@ class StreamedImages:
     they are read. A position is reached by reading and dropping what is before it: a resumed run reads
     everything again, without decoding it, and then continues with the same images."""
     has_fixed_captions = False
-    is_stream = True
+    has_own_positions = True    # a position counts the images of this process
     split_sizes = {"train": None, "test": None}    # None: the size is not known
     all_captions, vocab, attributes = [], [], {}
 
@@ -119,16 +125,21 @@ class StreamedImages:
     def training_batch(self, position, n, seed, generator):
         """The n images at a position of this process's part of the stream. seed, generator: as in
         CaptionedImages."""
+        records, shape = self.training_records(position, n, seed)
+        self.next_position = position + n
+        augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
+        loaded = self.load(records, augmentation, shape)
+        num_missing = n - len(loaded)    # what cannot be read is replaced, so that positions stay
+        if num_missing:
+            loaded += self.load_next(self.source.iter_records(draw_seed(generator), 10), num_missing, shape)
+        return self.make_batch(loaded)
+
+    def training_records(self, position, n, seed):
+        """-> the records of training_batch, and the (height, width) of its images, None for the square."""
         if self.records is None or position != self.next_position:
             part = self.source.iter_records(seed, self.source.shuffle_buffer, only_this_rank=True)
             self.records = islice(part, position, None)
-        self.next_position = position + n
-        augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
-        loaded = self.load(list(islice(self.records, n)), augmentation)
-        num_missing = n - len(loaded)    # what cannot be read is replaced, so that positions stay
-        if num_missing:
-            loaded += self.load_next(self.source.iter_records(draw_seed(generator), 10), num_missing)
-        return self.make_batch(loaded)
+        return list(islice(self.records, n)), None
 
     def sample_batch(self, n, generator=None, split="train"):
         """n images; the same in every process if the generators are."""
@@ -141,17 +152,17 @@ class StreamedImages:
         for start in range(0, n, max_batch):
             yield self.make_batch(self.load_next(records, min(max_batch, n - start)))
 
-    def load(self, records, augmentation):
+    def load(self, records, augmentation, shape=None):
         """[(open_fn, name, caption)] -> those that can be read, [(image, micro_cond, caption)]."""
-        items = self.reader.pool.map(lambda record, args: self.reader.read(*record[:2], *args), records,
-                                     augmentation)
+        items = self.reader.pool.map(lambda record, args: self.reader.read(*record[:2], *args, shape),
+                                     records, augmentation)
         return [(*item, caption) for item, (_, _, caption) in zip(items, records) if item]
 
-    def load_next(self, records, n):
+    def load_next(self, records, n, shape=None):
         loaded = []
         while len(loaded) < n:
             chunk = list(islice(records, n - len(loaded)))
-            loaded += self.load(chunk, [(CENTRE, False)] * len(chunk))
+            loaded += self.load(chunk, [(CENTRE, False)] * len(chunk), shape)
         return loaded
 
     def make_batch(self, loaded):

@@ -9,6 +9,7 @@ Read next: utils/image_folder.py, utils/hub_data.py, which find the images
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +22,7 @@ IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"    # no PostScript: 
 MAX_PIXELS = 10 ** 8
 BACKGROUND = "white"                                           # behind transparent pixels
 CENTRE = (.5, .5)
+HEADER_BYTES = 2 ** 17                                         # usually hold the size of an image
 
 
 class ImageReader:
@@ -34,11 +36,11 @@ class ImageReader:
         self.unreadable = set()        # their names
         self.pool = ThreadPoolExecutor(8)
 
-    def read(self, open_fn, name, crop=CENTRE, flip=False):
+    def read(self, open_fn, name, crop=CENTRE, flip=False, shape=None):
         """load_image of what open_fn() returns, or None if the image cannot be read. name: for messages."""
         self.num_read += 1
         try:
-            return load_image(open_fn(), self.resolution, crop, flip)
+            return load_image(open_fn(), self.resolution, crop, flip, shape)
         except Exception as error:     # image decoders raise exceptions of any type for a damaged file
             self.unreadable.add(name)
             short_name = printable(name)[-200:]
@@ -61,13 +63,10 @@ def draw_augmentation(n, generator, random_flip, random_crop):
     return list(zip(crops, flips))
 
 
-def load_image(source, resolution, crop=CENTRE, flip=False):
-    """-> image (3, resolution, resolution) uint8 and micro_cond (4,): height and width of the image; rows and
-    columns of the resized image that were cut off above and on the left. Raises whatever a decoder raises.
-
-    source: a path, or the bytes of a file. crop: which square to cut: (x, y) from 0, left or top, to 1.
-    flip: mirror the image first, left and right."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def open_image(source):
+    """A path, or the bytes of a file -> PIL image that is not decoded yet, and its EXIF block if it is a
+    JPEG."""
+    from PIL import Image, UnidentifiedImageError
     if isinstance(source, Path) and not source.is_file():
         raise OSError("there is no such file")
     file, exif = hide_jpeg_exif(source)
@@ -75,6 +74,34 @@ def load_image(source, resolution, crop=CENTRE, flip=False):
         image = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}, or damaged") from None
+    return image, exif
+
+
+def image_size(source):
+    """-> (height, width) of an image as it is shown, without decoding it. Of a file only the beginning is
+    read, unless its format keeps its directory at the end. Raises whatever a decoder raises."""
+    if isinstance(source, Path) and source.is_file():
+        with source.open("rb") as file, suppress(Exception):
+            return image_size(file.read(HEADER_BYTES))
+    image, exif = open_image(source)
+    with image:
+        (width, height), orientation = image.size, None
+        if image.format == "TIFF":     # newer Pillows have exchanged the sides of image.size already
+            width, height = image.tag_v2[WIDTH_TAG], image.tag_v2[HEIGHT_TAG]
+            orientation = image.tag_v2.get(ORIENTATION_TAG)
+        orientation = orientation or find_orientation(image.info, exif)
+        return (width, height) if orientation in TRANSPOSED else (height, width)
+
+
+def load_image(source, resolution, crop=CENTRE, flip=False, shape=None):
+    """-> image (3, resolution, resolution) uint8 and micro_cond (4,): height and width of the image; rows and
+    columns of the resized image that were cut off above and on the left. Raises whatever a decoder raises.
+
+    source: a path, or the bytes of a file. crop: which square to cut: (x, y) from 0, left or top, to 1.
+    flip: mirror the image first, left and right. shape: (height, width) in place of the square."""
+    from PIL import Image, ImageOps
+    height, width = shape or (resolution, resolution)
+    image, exif = open_image(source)
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError("it has more than 100 million pixels")
@@ -85,7 +112,7 @@ def load_image(source, resolution, crop=CENTRE, flip=False):
         image.getexif = Image.Exif      # so that load() parses no EXIF directory of a TIFF: it may be broken
         orientation = image.tag_v2.get(ORIENTATION_TAG) if image.format == "TIFF" else None
         is_jpeg, full_size = image.format == "JPEG", image.size
-        draft_jpeg(image, resolution)
+        draft_jpeg(image, max(height, width))
         image.load()
         orientation = orientation or find_orientation(image.info, exif)
         image = apply_orientation(to_rgb(image), orientation)
@@ -93,10 +120,11 @@ def load_image(source, resolution, crop=CENTRE, flip=False):
         image = ImageOps.mirror(image)
     w, h = image.size
     if is_jpeg:
-        w, h = reversed(full_size) if orientation in (5, 6, 7, 8) else full_size  # 5 to 8 transpose
-    scale = resolution / min(w, h)
-    left, top = (int((side * scale - resolution) * position) for side, position in zip((w, h), crop))
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=crop)
+        w, h = reversed(full_size) if orientation in TRANSPOSED else full_size
+    scale = max(width / w, height / h)
+    left = int((w * scale - width) * crop[0])
+    top = int((h * scale - height) * crop[1])
+    image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=crop)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.tensor([h, w, top, left])
 
 
@@ -150,7 +178,8 @@ def png_transparent_color(image):
 
 # ------------------------------------------------------------------------------------------------ orientation
 
-ORIENTATION_TAG = 274
+ORIENTATION_TAG, WIDTH_TAG, HEIGHT_TAG = 274, 256, 257
+TRANSPOSED = 5, 6, 7, 8                                    # orientations that swap height and width
 JPEG_START = b"\xff\xd8\xff"
 JPEG_EXIF = re.compile(rb"(?s)(\xff\xe1..)Exif\0\0")       # marker and length, name of the block
 

@@ -16,6 +16,12 @@ def shuffled_forever(size, generator):
             yield from rows.tolist()
 
 
+def permutation(size, *tags):
+    """A permutation of 0 to size - 1 that follows from the tags."""
+    digest = hashlib.sha256(repr(tags).encode()).digest()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8])))
+
+
 class EpochOrder:
     """One permutation of the rows for each epoch of a run. Position p of the run is in epoch p // size.
 
@@ -26,12 +32,7 @@ class EpochOrder:
 
     def __init__(self, size):
         self.size = size
-        self.permutation = lru_cache(2)(self.draw_permutation)
-
-    def draw_permutation(self, seed, epoch):
-        digest = hashlib.sha256(repr((seed, "epoch", epoch)).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]))
-        return torch.randperm(self.size, generator=generator)
+        self.permutation = lru_cache(2)(lambda seed, epoch: permutation(size, seed, "epoch", epoch))
 
     def rows(self, position, n, seed):
         """The rows at the positions from `position` to `position + n` - 1, a list."""

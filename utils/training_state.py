@@ -79,7 +79,7 @@ class TrainingState:
         """The number of images before a micro-batch: of all processes, or of this one if it has a part of
         the data for itself."""
         first_id, per_step = 0, self.num_micro_batches
-        if self.dataset.is_stream:
+        if self.dataset.has_own_positions:
             first_id, per_step = self.micro_batch_ids.start, len(self.micro_batch_ids)
         return (step * per_step + micro_batch_id - first_id) * self.config.batch_size
 
@@ -260,8 +260,14 @@ class TrainingState:
         if self.is_small or self.step == self.total_steps:
             def export():
                 with self.ema_weights() as model:
-                    model.save_pretrained(run_dir, sampling_configs, steps=self.step, **metadata)
+                    model.save_pretrained(run_dir, sampling_configs, steps=self.step, **metadata,
+                                          **self.bucket_metadata())
             checkpoint.save_on_all_ranks(f"the result of step {self.step}", export)
+
+    def bucket_metadata(self):
+        """What a result says about the shapes of its training images; nothing if they were squares."""
+        summary = getattr(self.dataset, "bucket_summary", None)
+        return {"buckets": summary} if summary else {}
 
     def keep_result(self, run_dir, num_kept, sampling_configs, metadata):
         """Write the EMA weights of this step for other programs into step_STEPS; the last num_kept stay."""
@@ -272,7 +278,8 @@ class TrainingState:
         def export():
             folder.mkdir(exist_ok=True)
             with self.ema_weights() as model:
-                model.save_pretrained(folder, sampling_configs, steps=self.step, **metadata)
+                model.save_pretrained(folder, sampling_configs, steps=self.step, **metadata,
+                                      **self.bucket_metadata())
             if distributed.get_rank() == 0:
                 for old in sorted(run_dir.glob("step_*"))[:-num_kept]:
                     checkpoint.remove_path(old)
