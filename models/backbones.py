@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from models.tiny import TransformerBlock
+from utils.broadcasting import build_on_rank0
 from utils.metrics import load_transformers
 
 
@@ -159,4 +160,5 @@ def load_dino(kind, source=None):
     if kind != "vit":
         raise ValueError(f"sd15, sdxl and sd3 have backbone=vit (DINOv2) or random, not {kind}")
     source = source or "facebook/dinov2-small"
-    return DinoBackbone(load_transformers("Dinov2Model", source, "--backbone", use_safetensors=True))
+    return DinoBackbone(build_on_rank0(
+        lambda: load_transformers("Dinov2Model", source, "--backbone", use_safetensors=True)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from models import hub, pipelines
 from models.stable_diffusion import SD3, SD15, SDXL
+from utils.broadcasting import build_on_rank0
 from utils.checkpoint import load_run_config
 
 # --model: the Denoiser, the pipeline's class in diffusers, the default hub id, that model's resolution. With
@@ -83,7 +84,8 @@ def load_denoiser(model_name, pretrained=None, resolution=None, vae_path=None, m
 
     model_name: a key of MODEL_FAMILIES. pretrained: a diffusers folder, a .safetensors file, a run folder or
     a hub id (default: the family's). resolution: side of the images in pixels (default: that of the run, else
-    the checkpoint's own, but at most max_resolution). vae_path: folder or hub id of another VAE."""
+    the checkpoint's own, but at most max_resolution). vae_path: folder or hub id of another VAE.
+    Of several processes only the first one reads the weights."""
     denoiser_cls, class_name, default_hub_id, family_resolution = MODEL_FAMILIES[model_name]
     source = str(pretrained or default_hub_id)
     if is_run_dir(source):
@@ -92,7 +94,7 @@ def load_denoiser(model_name, pretrained=None, resolution=None, vae_path=None, m
     pipelines.silence_libraries()
     import diffusers
     try:
-        pipe = pipelines.load_pipeline(getattr(diffusers, class_name), source)
+        pipe = build_on_rank0(lambda: pipelines.load_pipeline(getattr(diffusers, class_name), source))
     except Exception as error:  # hub, disk, JSON and safetensors: each raises its own kind
         hint = "complete it, copy it again, or convert its .bin files to .safetensors"
         if not Path(source).exists():
@@ -101,7 +103,7 @@ def load_denoiser(model_name, pretrained=None, resolution=None, vae_path=None, m
             hint = f"wanted a complete checkpoint of a {class_name}; its configuration comes from the hub"
         raise OSError(f"cannot load {source} ({hub.reason_of(error)}); {hint}") from None
     if vae_path:
-        pipe.register_modules(vae=pipelines.load_vae(vae_path))
+        pipe.register_modules(vae=build_on_rank0(lambda: pipelines.load_vae(vae_path)))
     network_config = getattr(pipe, denoiser_cls.component_name).config
     if network_config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(f"{source} takes {network_config.in_channels} channels, its VAE has "

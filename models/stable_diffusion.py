@@ -13,6 +13,7 @@ from tqdm import tqdm
 from models import export, half_precision, pipelines, prompt_cache
 from models.denoiser import Denoiser
 from utils import distributed
+from utils.broadcasting import build_on_rank0
 from utils.checkpoint import atomic_write, atomic_write_text
 from utils.messages import BadInput
 
@@ -286,9 +287,12 @@ class LatentDenoiser(Denoiser):
         return frozen
 
     def initial_copy(self):
-        pipe = pipelines.load_pipeline(self.pipeline_cls, self.pretrained_path)
+        def load_network():
+            pipe = pipelines.load_pipeline(self.pipeline_cls, self.pretrained_path)
+            return getattr(pipe, self.component_name)
+
         frozen = copy.copy(self)
-        frozen._modules = {**self._modules, "network": getattr(pipe, self.component_name)}
+        frozen._modules = {**self._modules, "network": build_on_rank0(load_network)}
         half_precision.run_in_fp32(frozen.output_layer)
         return frozen.eval().requires_grad_(False)
 
