@@ -164,8 +164,7 @@ def setup(args):
         model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],
                                         *dataset.all_captions])
         text_dim = model.encode_prompts([""])["pooled"].shape[1]
-    if dataset.has_fixed_captions:
-        model.unload_text_encoders()
+    model.release_text_encoders(dataset.has_fixed_captions)
 
     torch.manual_seed(run_config["seed"])
     device = distributed.get_device()

@@ -188,6 +188,16 @@ class Denoiser(nn.Module):
     def unload_text_encoders(self):
         """Free what only new captions need. Called when every caption has been encoded."""
 
+    def keep_text_encoders(self):
+        """Prepare what new captions need for a long stay. Called where there will be new ones."""
+
+    def release_text_encoders(self, has_fixed_captions):
+        """Free the text encoders, or keep them, when the known captions of a run have been encoded."""
+        if has_fixed_captions:
+            self.unload_text_encoders()
+        else:
+            self.keep_text_encoders()
+
     def save_pretrained(self, run_dir, sampling_configs, **metadata):
         """Write the trained weights into the run folder, in a format that can be loaded elsewhere.
         sampling_configs: [(num_steps, settings of the sampler)], what the model was trained for.

@@ -28,6 +28,13 @@ def accept_fp32_inputs(network, output_layer):
                 cast_half_weights(module, layer_cls)
 
 
+def cast_text_encoders(encoders):
+    """CLIP to fp16, which is the more precise; T5 to bf16, since fp16 overflows in it. A GPU without bf16
+    computes it all the same, slowly."""
+    for encoder in encoders:
+        encoder.to(torch.bfloat16 if type(encoder).__name__.startswith("T5") else torch.float16)
+
+
 def is_casting(layer):
     return type(layer).__name__ == "CastLayer"
 

@@ -1,14 +1,18 @@
 """Where bf16 is too coarse: predictions of x0 from pure noise, and weights that do not fit their inputs."""
 
+from unittest import mock
+
 import pytest
 import torch
-from tiny_families import CAPTIONS, FAMILIES, build_model, trainable
+from tiny_families import CAPTIONS, FAMILIES, build_model, setup_run, trainable
 
 import add
 import sampler
 from conftest import Toy, family_schedule
 from models import half_precision
 from models.denoiser import MAX_AMPLIFICATION
+from models.stable_diffusion import LatentDenoiser
+from utils import distributed
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -112,3 +116,47 @@ def test_half_precision_weights_take_fp32_inputs_and_pass_their_gradient(pretrai
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     assert sum(type(layer).__name__ == "CastLayer" for layer in model.network.modules()) > 20
+
+
+# ------------------------------------------------------------------------------------------ text encoders
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_text_encoders_in_half_precision_encode_nearly_the_same(pretrained, name, dtype):
+    """None: CLIP in fp16 and T5 in bf16, as on a GPU."""
+    exact, model = build_model(pretrained, name), build_model(pretrained, name)
+    exact.keep_text_encoders()                                         # on a CPU they stay in fp32
+    expected = exact.encode_prompts(CAPTIONS)
+    half_precision.cast_text_encoders(model.text_encoders())
+    for encoder in model.text_encoders():
+        if dtype is not None:
+            encoder.to(dtype)
+        is_t5 = type(encoder).__name__ == "T5EncoderModel"
+        assert encoder.dtype == (dtype or (torch.bfloat16 if is_t5 else torch.float16))
+    model.prompt_cache.on_disk = False
+    model.prompt_cache.name += "half"
+    found = model.encode_prompts(CAPTIONS)
+    limit = 1e-2 if dtype is None and name != "sd3" else 5e-2
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        assert 0 < (found[key] - value).norm() < limit * value.norm(), key
+
+
+def test_where_new_captions_come_the_text_encoders_stay_in_half_precision(pretrained, monkeypatch):
+    """Glyphs and streams have new captions in every batch; a folder has not."""
+    cast = []
+    monkeypatch.setattr(half_precision, "cast_text_encoders", cast.append)
+    monkeypatch.setattr(LatentDenoiser, "keep_text_encoders", on_gpu(LatentDenoiser.keep_text_encoders))
+    trainer = setup_run(pretrained, "sdxl", "diffusion", "--data", "glyphs")
+    assert len(cast) == 1 and len(cast[0]) == 2
+    assert trainer.model.keeps_text_encoders and not trainer.model.prompt_cache.on_disk
+    setup_run(pretrained, "sdxl", "diffusion")
+    assert len(cast) == 1
+
+
+def on_gpu(function):
+    """The function, during which the device is a GPU."""
+    def wrapper(*args):
+        with mock.patch.object(distributed, "get_device", lambda: torch.device("cuda")):
+            return function(*args)
+    return wrapper
