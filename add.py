@@ -29,6 +29,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     """Settings of ADD. Provenance: paper, secondary (public code and summaries), ours."""
 
     has_teacher = True
+    needs_images = True                # beside their latents, for the discriminator
     # the first ones to change
     lambda_distill: Annotated[float, "ours: weight of the distillation loss (the paper's 2.5 stands beside a "
                               "sum over heads)"] = 2.5
@@ -229,7 +230,7 @@ def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
 def generator_loss(model, teacher, disc, batch, config):
     """-> {"adv": loss, "distill": loss}, weighted; and DiscriminatorInputs, whose `fake` has its graph."""
     with torch.no_grad():
-        x0 = model.encode(batch.image)
+        x0 = model.encode_batch(batch)
         cond = model.encode_prompts(batch.caption, batch.micro_cond)
     x0_hat, step_index, hide_image = student_prediction(model, x0, cond, config)
     image = model.decode(x0_hat)                                       # (B, 3, H, W)

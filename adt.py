@@ -78,6 +78,11 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """Sentences to print before a large model is trained."""
         return []
 
+    @property
+    def needs_images(self):
+        """Whether the losses look at the real images and not at their latents alone."""
+        return self.lambda_adv > 0 and self.real_images == "original"
+
     def extra_prompts(self):
         """Prompts that training needs besides the captions."""
         return [""]
@@ -161,7 +166,7 @@ def generator_loss(model, teacher, disc, batch, config):
     None without adversarial loss. teacher: not used, ADD has one."""
     keep_mask = torch.rand(len(batch.caption)) >= config.caption_dropout
     with torch.no_grad():                                              # VAE and text encoders are frozen
-        x0 = model.encode(batch.image)
+        x0 = model.encode_batch(batch)
         captions = [c if keep else "" for c, keep in zip(batch.caption, keep_mask)]
         cond_dropped = model.encode_prompts(captions, batch.micro_cond)
     t = losses.sample_timesteps(len(x0), model.T, config.timestep_sampling).to(x0.device)

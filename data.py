@@ -303,8 +303,12 @@ def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random
 def training_dataset(run_config, model):
     """The data set of a run, at the resolution of its model."""
     bucket_multiple = model.size_multiple if run_config["aspect_buckets"] else None
-    return build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
-                         run_config["random_crop"], bucket_multiple)
+    dataset = build_dataset(run_config["data"], model.resolution, run_config["random_flip"],
+                            run_config["random_crop"], bucket_multiple)
+    if run_config["cache_latents"] and not isinstance(dataset, CaptionedImages):
+        raise ValueError("--cache-latents is for images that come again in every epoch: those of "
+                         f"{dataset.name} are streamed or drawn; leave the option out")
+    return dataset
 
 
 def default_dataset_message():

@@ -16,7 +16,7 @@ import adt
 import data
 import discriminator
 import evaluate
-from models import hub, loading, preflight
+from models import hub, latent_cache, loading, preflight
 from utils import checkpoint, cli, distributed, failures, report
 from utils import config as settings
 from utils.config import Method
@@ -178,6 +178,8 @@ def setup(args):
         backbone = discriminator.FrozenBackbone(network).to(device)
     disc = config.build_discriminator(backbone, text_dim).to(device)
     teacher = prepare_networks(model, run_config, config.has_teacher, config.init == "random")
+    if run_config["cache_latents"]:
+        latent_cache.cache_latents(model, dataset, config.needs_images)
     trainer = Trainer(model, teacher, disc, method.module, config, dataset, run_config["steps"],
                       run_config["seed"], run_config["on_nan"] == "skip")
     if args.resume:

@@ -217,6 +217,10 @@ class Denoiser(nn.Module):
         """Image in [-1, 1] (B, 3, H, W) -> latent (B, C, h, w)."""
         raise NotImplementedError
 
+    def encode_batch(self, batch):
+        """The latents of a batch's images (B, C, h, w), from the cache where it holds them."""
+        return self.encode(batch.image)
+
     def decode(self, z):
         """Latent (B, C, h, w) -> image (B, 3, H, W), differentiable and not clamped."""
         raise NotImplementedError

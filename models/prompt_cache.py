@@ -32,7 +32,8 @@ IGNORED_CONFIG_KEYS = ("transformers_version", "name_or_path", "is_local", "loca
 
 
 class PromptCache:
-    """{caption: {key: tensor in fp16}}, in memory and on disk."""
+    """{caption: {key: tensor in fp16}}, in memory and on disk. Whole numbers keep their type."""
+    content = "text encodings"         # in messages
 
     def __init__(self, name):
         """name: hash of what the encodings depend on."""
@@ -74,7 +75,7 @@ class PromptCache:
         from safetensors.torch import save
         # fp16 holds 65504; public text encoders stay below 1000
         encodings = {key: value.detach().cpu().clamp(-65504, 65504).half().contiguous()
-                     for key, value in encodings.items()}
+                     if value.is_floating_point() else value for key, value in encodings.items()}
         items = [{key: value[i].clone() for key, value in encodings.items()} for i in range(len(captions))]
         for caption, item in zip(captions, items):
             self.remember(caption, item)
@@ -90,7 +91,7 @@ class PromptCache:
             tmp_path.write_bytes(save({"digests": digests, "checksums": checksums, **encodings}))
             tmp_path.replace(path)
         except OSError as error:
-            raise OSError(f"cannot write text encodings to {self.folder} ({error.strerror or error}): free "
+            raise OSError(f"cannot write {self.content} to {self.folder} ({error.strerror or error}): free "
                           "some space there, or set XDG_CACHE_HOME to another folder") from None
         finally:
             with suppress(OSError):

@@ -90,10 +90,27 @@ class LatentDenoiser(Denoiser):
     # ------------------------------------------------------------------------------------------- the VAE
 
     def encode(self, image):
-        latents = [self.run_vae(lambda x: self.vae.encode(x).latent_dist.sample(), item)
-                   for item in image.split(1)]
-        z = torch.cat(latents)
-        return (z - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        return self.scaled([self.run_vae(lambda x: self.vae.encode(x).latent_dist.sample(), item)
+                            for item in image.split(1)])
+
+    def encode_moments(self, image):
+        """(B, 3, H, W) -> mean and log variance of the VAE's latents (B, 2C, h, w), which sample_latents
+        takes."""
+        return torch.cat([self.run_vae(lambda x: self.vae.encode(x).latent_dist.parameters, item)
+                          for item in image.split(1)])
+
+    def sample_latents(self, moments):
+        """encode, from the moments of the images."""
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        return self.scaled([self.run_vae(lambda x: DiagonalGaussianDistribution(x).sample(), item)
+                            for item in moments.split(1)])
+
+    def scaled(self, latents):
+        """A list of the VAE's latents -> the network's (B, C, h, w)."""
+        return (torch.cat(latents) - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
+    def encode_batch(self, batch):
+        return self.encode(batch.image) if batch.moments is None else self.sample_latents(batch.moments)
 
     def decode(self, z):
         """One image at a time. Every block is recomputed in the backward pass: the graph of one image of 1024

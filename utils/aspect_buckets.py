@@ -101,8 +101,8 @@ class BucketedImages(CaptionedImages):
         """multiple: of which the sides of an image are."""
         self.shapes = bucket_shapes(resolution, multiple)
         super().__init__(name, source, resolution, random_flip, random_crop)
-        buckets = [nearest_bucket(size, self.shapes) for size in self.image_sizes()]
-        self.bucket_order = BucketOrder(buckets, len(self.shapes))
+        self.bucket_of_row = [nearest_bucket(size, self.shapes) for size in self.image_sizes()]
+        self.bucket_order = BucketOrder(self.bucket_of_row, len(self.shapes))
 
     def image_sizes(self):
         """[(height, width)] of all images, 0 for those that cannot be opened. Each process opens its share;
@@ -126,6 +126,12 @@ class BucketedImages(CaptionedImages):
         bucket, rows = self.bucket_order.group(position // n, n * distributed.get_world_size(), seed)
         first = n * distributed.get_rank()
         return rows[first:first + n], self.shapes[bucket]
+
+    def shape_of_row(self, row):
+        return self.shapes[self.bucket_of_row[row]]
+
+    def rows_of_shape(self, shape):
+        return self.bucket_order.rows[self.shapes.index(shape)]
 
     @property
     def bucket_summary(self):

@@ -2,7 +2,7 @@
 
 Read next: data.py"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 @dataclass
 class Batch:
     """Images and all that is known about them."""
-    image: torch.Tensor                         # (B, 3, H, W) in [-1, 1]
+    image: torch.Tensor | None                  # (B, 3, H, W) in [-1, 1]; None if moments are enough
     caption: list                               # B strings
     attributes: torch.Tensor                    # (B, A) class of each attribute, -1 where an image has none
     mentioned: torch.Tensor                     # (B, A) bool: the caption states the attribute
@@ -20,21 +20,27 @@ class Batch:
     micro_cond: torch.Tensor | None = None
     # for draws that all micro-batches of a step share; None: torch's global generator
     generator: torch.Generator | None = None
+    moments: torch.Tensor | None = None         # (B, 2C, h, w) of the VAE's latents, from a cache
 
     def __getitem__(self, rows):
         """rows: a slice."""
-        micro_cond = None if self.micro_cond is None else self.micro_cond[rows]
-        return Batch(self.image[rows], self.caption[rows], self.attributes[rows], self.mentioned[rows],
-                     micro_cond, self.generator)
+        image, micro_cond, moments = (None if x is None else x[rows]
+                                      for x in (self.image, self.micro_cond, self.moments))
+        return Batch(image, self.caption[rows], self.attributes[rows], self.mentioned[rows], micro_cond,
+                     self.generator, moments)
 
     def pin_memory(self):
         """The images in page-locked memory, from which a GPU copies them while the CPU goes on."""
-        return Batch(self.image.pin_memory(), self.caption, self.attributes, self.mentioned, self.micro_cond,
-                     self.generator)
+        image, moments = (None if x is None else x.pin_memory() for x in (self.image, self.moments))
+        return replace(self, image=image, moments=moments)
 
     def to(self, device, resolution=None):
         """The images on a device, resized to the model's resolution (bicubic) if they are squares of another;
         other shapes are those of aspect-ratio buckets."""
+        if self.moments is not None:                # of the right size, and so are the images
+            image, moments = (None if x is None else x.to(device, non_blocking=x.is_pinned())
+                              for x in (self.image, self.moments))
+            return replace(self, image=image, moments=moments)
         image = self.image.to(device, non_blocking=self.image.is_pinned())
         is_square = image.shape[-1] == image.shape[-2]
         if resolution and is_square and resolution != image.shape[-1]:

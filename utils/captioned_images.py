@@ -11,6 +11,7 @@ import torch
 
 from utils.batch import Batch, check_split
 from utils.image_decoding import CENTRE, ImageReader, draw_augmentation
+from utils.messages import BadInput
 from utils.shuffling import EpochOrder, shuffled_forever
 
 CACHE_BYTES = 2 ** 30         # images are kept in memory if they are smaller than this
@@ -24,6 +25,7 @@ class CaptionedImages:
     has_fixed_captions = True
     has_own_positions = False    # a position counts the images of all processes
     keeps_images = True
+    load_latent = None           # set by use_latents
 
     def __init__(self, name, source, resolution, random_flip=False, random_crop=False):
         """source: an ImageFolder or a TableImages. random_flip, random_crop: of training images."""
@@ -63,10 +65,53 @@ class CaptionedImages:
         that cannot be read."""
         rows, shape = self.training_rows(position, n, seed)
         augmentation = draw_augmentation(n, generator, self.random_flip, self.random_crop)
+        if self.load_latent is not None:
+            flips = [flip for _, flip in augmentation]
+            return self.latent_batch([self.load_entry(row, flip, shape) or self.other_entry(shape, generator)
+                                      for row, flip in zip(rows, flips)])
         items = self.reader.pool.map(lambda row, args: self.load_image(row, *args, shape), rows, augmentation)
         loaded = [(row, *item) if item else self.load_next(self.readable_rows(generator), 1, shape)[0]
                   for row, item in zip(rows, list(items))]
         return self.make_batch(loaded)
+
+    def use_latents(self, load_latent, needs_images):
+        """Let training_batch return latents. load_latent(row, flip) -> {"moments", "micro_cond"}, or None
+        for an image that could not be read. needs_images: return the images as well."""
+        self.load_latent, self.needs_images = load_latent, needs_images
+
+    def load_entry(self, row, flip, shape):
+        """-> row, latent, image (None if not needed); None if the image cannot be read."""
+        latent, item = self.load_latent(row, flip), None
+        if latent is not None and self.needs_images:
+            item = self.load_image(row, CENTRE, flip, shape)
+        if latent is None or self.needs_images and item is None:
+            return None
+        return row, latent, item and item[0]
+
+    def other_entry(self, shape, generator):
+        """A random image of the same shape in place of one that cannot be read."""
+        rows = self.rows_of_shape(shape)
+        for i in torch.randperm(len(rows), generator=generator).tolist():
+            entry = self.load_entry(rows[i], False, shape)
+            if entry is not None:
+                return entry
+        raise BadInput(f"no image of {self.name} with the shape {shape or 'square'} has a latent: repair or "
+                       "remove them, and start again")
+
+    def latent_batch(self, entries):
+        rows, latents, images = zip(*entries)
+        pixels = torch.stack(images).float() / 127.5 - 1 if self.needs_images else None
+        moments, micro_cond = (torch.stack([latent[key] for latent in latents])
+                               for key in ("moments", "micro_cond"))
+        return Batch(pixels, [self.captions[row] for row in rows], self.labels[list(rows), None],
+                     torch.ones(len(rows), 1, dtype=torch.bool), micro_cond, moments=moments.float())
+
+    def shape_of_row(self, row):
+        """(height, width) of a training image, None for the square."""
+
+    def rows_of_shape(self, shape):
+        """The rows whose training images have this shape."""
+        return range(len(self.captions))
 
     def training_rows(self, position, n, seed):
         """-> the rows of training_batch, and the (height, width) of its images, None for the square."""

@@ -31,7 +31,7 @@ RUN_CONFIG_TYPES = {"method": str, "model": str, "data": str, "pretrained": str 
                     "on_nan": str, "world_size": int, "seed": int, "steps": int, "overrides": list,
                     "prompts": list, "eval_every": int, "keep_checkpoints": int, "report_to": str | None,
                     "push_to_hub": str | None, "random_flip": bool, "random_crop": bool,
-                    "save_every": float | int | None, "aspect_buckets": bool}
+                    "save_every": float | int | None, "aspect_buckets": bool, "cache_latents": bool}
 # of fields that older runs do not have
 RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "vae": None, "resolution": None, "lora_rank": 0,
                        "lora_targets": "attention",
@@ -39,7 +39,7 @@ RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "vae": None, "resol
                        "on_nan": "stop", "world_size": 1, "prompts": [], "eval_every": 50,
                        "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,
                        "random_flip": False, "random_crop": False, "save_every": None,
-                       "aspect_buckets": False}
+                       "aspect_buckets": False, "cache_latents": False}
 # everything a run writes besides config.json
 RUN_FILES = ("checkpoint.pt", "log.jsonl", "result.json", "table.md", "curves.png", "before_after.png",
              "samples_*.png", "denoiser.safetensors", "pytorch_lora_weights.safetensors",

@@ -84,6 +84,8 @@ def add_large_model_arguments(group, methods):
                        "512 at most for ADD and for ADT on SDXL)")
     group.add_argument("--aspect-buckets", action="store_true", default=None, help="train images at a shape "
                        "near their own, of about as many pixels, instead of cutting squares")
+    group.add_argument("--cache-latents", action="store_true", default=None, help="encode the training "
+                       "images once and keep their latents on disk")
     group.add_argument("--vae", metavar="PATH", help="another VAE: a diffusers folder or hub id")
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
                        help="recompute every block in the backward pass to save memory (default: yes)")
@@ -185,6 +187,11 @@ def check_options(args, methods, models):
             raise ValueError(f"{option} is for Stable Diffusion: the tiny model is trained as a whole")
     if args.model in (None, "tiny") and args.aspect_buckets:
         raise ValueError("--aspect-buckets is for Stable Diffusion: the tiny model's images are squares")
+    if args.model in (None, "tiny") and args.cache_latents:
+        raise ValueError("--cache-latents is for Stable Diffusion: the tiny model has no VAE")
+    if args.cache_latents and args.random_crop:
+        raise ValueError("--cache-latents and --random-crop exclude each other: a new crop has a new latent; "
+                         "leave out one of them")
     if args.full and args.lora_rank:
         raise ValueError("--full trains all weights, --lora-rank adapters: leave out one of them")
     if args.resolution is not None and args.resolution < 1:
@@ -219,7 +226,7 @@ def new_run_config(args, methods, models, default_data):
         "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
         "resolution": args.resolution,
         "random_flip": bool(args.random_flip), "random_crop": bool(args.random_crop),
-        "aspect_buckets": bool(args.aspect_buckets),
+        "aspect_buckets": bool(args.aspect_buckets), "cache_latents": bool(args.cache_latents),
         "lora_rank": initial_lora(args, "lora_rank", method) if is_large and not args.full else 0,
         "lora_targets": initial_lora(args, "lora_targets", method) if is_large else "attention",
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
