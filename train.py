@@ -2,9 +2,8 @@
 
 A step has two halves. In the generator half the discriminator is frozen and the generator is updated; in the
 discriminator half the generated images are constants and the discriminator is updated. The losses of a method
-are in adt.py and add.py, the networks of a model in models/; the loop is the same for all of them.
-Read next: evaluate.py
-"""
+are in adt.py and add.py, the networks of a model in models/; the loop is the same.
+Read next: evaluate.py"""
 
 import time
 
@@ -17,7 +16,7 @@ import data
 import discriminator
 import evaluate
 from models import hub, latent_cache, loading, preflight
-from utils import checkpoint, cli, distributed, failures, report
+from utils import checkpoint, cli, distributed, failures, launch, report
 from utils import config as settings
 from utils.config import Method
 from utils.distributed import all_reduce_sum_, clip_grad_norm
@@ -139,15 +138,17 @@ def parse_args(argv=None):
     return parser, parser.parse_args(argv)
 
 
+def configure(args):
+    """-> run_config, run_dir, the method's Config. ValueError or OSError with one sentence."""
+    return cli.configure(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
+
+
 def setup(args):
     """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written
     into the run folder; ValueError or OSError with one sentence if the run is impossible."""
-    run_config, run_dir = cli.resolve_run_config(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
+    run_config, run_dir, config = configure(args)
     method, model_name = METHODS[run_config["method"]], run_config["model"]
-    saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
-    overrides = settings.as_overrides(saved) + run_config["overrides"]
-    config = settings.build_config(method, overrides, model_name, run_config["lora_rank"] > 0,
-                                   run_config["world_size"])
+    launch.set_threads(is_large=model_name != "tiny")
     run_config["sampling_configs"] = [row[1:] for row in config.eval_sampling_configs() if row[0] == "after"]
     if not args.resume:
         checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
@@ -181,7 +182,7 @@ def setup(args):
     if run_config["cache_latents"]:
         latent_cache.cache_latents(model, dataset, config.needs_images)
     trainer = Trainer(model, teacher, disc, method.module, config, dataset, run_config["steps"],
-                      run_config["seed"], run_config["on_nan"] == "skip")
+                      run_config["seed"], run_config["on_nan"] == "skip", run_config["batch_parts"])
     if args.resume:
         trainer.resume(run_dir, args.allow_data_change)
 
@@ -196,10 +197,9 @@ def final_evaluation(trainer, evaluator, run_dir, captions):
     """Measure and show the model before and after training."""
     with trainer.ema_weights() as model:
         models = {"before": trainer.initial_model(), "after": model}
-        rows, image_rows = evaluate.evaluate_models(
-            [(label, models[label], *row)
-             for label, *row in trainer.config.eval_sampling_configs(model.guidance_scale)],
-            captions, evaluator)
+        to_sample = [(label, models[label], *row)
+                     for label, *row in trainer.config.eval_sampling_configs(model.guidance_scale)]
+        rows, image_rows = evaluate.evaluate_models(to_sample, captions, evaluator)
     if distributed.get_rank() == 0:
         report.save_report(run_dir, rows, image_rows, captions, len(evaluator.captions) if evaluator else 0)
 
@@ -222,8 +222,8 @@ def run_training(args):
                 run_dir, reporter.log, run_config["sampling_configs"], metadata)):
             with checkpoint.defer_signals() as stop_requests:
                 train_loop(trainer, run_dir, run_config, metadata, captions, stop_requests, reporter)
-            if stop_requests:
-                raise KeyboardInterrupt(stop_requests[0][0])
+            if stop_requests or trainer.step < trainer.total_steps:    # another process was stopped
+                raise KeyboardInterrupt(*[number for number, _ in stop_requests[:1]])
             if args.eval_samples != 0:
                 final_evaluation(trainer, evaluator, run_dir, captions)
         reporter.close()
@@ -238,8 +238,8 @@ def main(argv=None):
         if cli.wants_settings_help(args, METHODS, MODELS):
             print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full))
             return
-        distributed.init_distributed()
-        run_training(args)
+        with launch.process_group(args, configure, main, argv):
+            run_training(args)
 
 
 if __name__ == "__main__":

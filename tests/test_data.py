@@ -292,7 +292,7 @@ def loading_trainer(dataset, accumulation=1, rank=0, world_size=1, total_steps=9
     trainer = SimpleNamespace(
         dataset=dataset, seed=3, step=0, total_steps=total_steps, num_micro_batches=accumulation * world_size,
         micro_batch_ids=range(accumulation * rank, accumulation * (rank + 1)),
-        config=SimpleNamespace(gradient_accumulation_steps=accumulation, batch_size=2),
+        batch_size=2,
         model=SimpleNamespace(alpha=torch.zeros(1), resolution=32),
         prefetch_pool=ThreadPoolExecutor(1), prefetched={})
     for name in ("next_batches", "load_batches", "data_position", "derive_seed"):

@@ -28,15 +28,16 @@ RUN_CONFIG_TYPES = {"method": str, "model": str, "data": str, "pretrained": str 
                     "backbone": str | None, "vae": str | None, "resolution": int | None, "lora_rank": int,
                     "lora_targets": str,
                     "gradient_checkpointing": bool, "precision": str | None, "compile": bool, "fsdp": bool,
-                    "on_nan": str, "world_size": int, "seed": int, "steps": int, "overrides": list,
-                    "prompts": list, "eval_every": int, "keep_checkpoints": int, "report_to": str | None,
-                    "push_to_hub": str | None, "random_flip": bool, "random_crop": bool,
-                    "save_every": float | int | None, "aspect_buckets": bool, "cache_latents": bool}
+                    "on_nan": str, "world_size": int, "batch_parts": int, "seed": int, "steps": int,
+                    "overrides": list, "prompts": list, "eval_every": int, "keep_checkpoints": int,
+                    "report_to": str | None, "push_to_hub": str | None, "random_flip": bool,
+                    "random_crop": bool, "save_every": float | int | None, "aspect_buckets": bool,
+                    "cache_latents": bool}
 # of fields that older runs do not have
 RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "vae": None, "resolution": None, "lora_rank": 0,
                        "lora_targets": "attention",
                        "gradient_checkpointing": False, "precision": None, "compile": False, "fsdp": False,
-                       "on_nan": "stop", "world_size": 1, "prompts": [], "eval_every": 50,
+                       "on_nan": "stop", "world_size": 1, "batch_parts": 1, "prompts": [], "eval_every": 50,
                        "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,
                        "random_flip": False, "random_crop": False, "save_every": None,
                        "aspect_buckets": False, "cache_latents": False}
@@ -176,6 +177,8 @@ def load_run_config(path):
         for key, kind in RUN_CONFIG_TYPES.items():
             if not isinstance(run_config[key], kind):
                 raise TypeError
+        if run_config["batch_parts"] < 1:
+            raise ValueError
         if not all(isinstance(override, str) for override in run_config["overrides"]):
             raise TypeError
         settings = {key: value for key, (value, _) in run_config.get("config", {}).items()}

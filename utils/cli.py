@@ -7,7 +7,8 @@ import re
 import shlex
 from pathlib import Path
 
-from utils import checkpoint, distributed, hub_data, precision
+from utils import checkpoint, distributed, hub_data, launch, precision
+from utils import config as settings
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
 MIN_EVAL_SAMPLES = 200                 # fewer give no Frechet distance
@@ -64,6 +65,9 @@ def make_parser(description, methods, models):
                        help="captions of the grids of samples from a text file, one a line")
     group.add_argument("--keep-checkpoints", type=int, metavar="N", help="at every grid of samples also keep "
                        "the weights of that step, the last N of them, in step_STEPS folders (default: 0)")
+    group.add_argument("--processes", type=int, metavar="N", help="processes that share each batch, started "
+                       "here; for the tiny model on a CPU (default: 2 where there are two cores; "
+                       "OMP_NUM_THREADS limits the cores)")
     group.add_argument("--report-to", choices=["tensorboard", "wandb"],
                        help="send losses and samples there as well (an optional package)")
     group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result to this model "
@@ -140,6 +144,18 @@ def default_run_dir(run_config):
         parts.insert(2, "full")
     name = "-".join(re.sub(r"[^\w.=+-]+", "_", part)[:60] for part in parts)
     return Path("runs") / name[:200]
+
+
+def configure(args, methods, models, default_data):
+    """-> run_config, run_dir, the method's Config; parameters and errors as those of resolve_run_config."""
+    run_config, run_dir = resolve_run_config(args, methods, models, default_data)
+    method = methods[run_config["method"]]
+    saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
+    config = settings.build_config(method, settings.as_overrides(saved) + run_config["overrides"],
+                                   run_config["model"], run_config["lora_rank"] > 0, run_config["world_size"])
+    if not args.resume:
+        run_config["batch_parts"] = launch.batch_parts(config.gradient_accumulation_steps)
+    return run_config, run_dir, config
 
 
 def resolve_run_config(args, methods, models, default_data):
@@ -231,8 +247,8 @@ def new_run_config(args, methods, models, default_data):
         "lora_targets": initial_lora(args, "lora_targets", method) if is_large else "attention",
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
         "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
-        "world_size": distributed.get_world_size(), "seed": args.seed or 0, "overrides": args.overrides,
-        "prompts": read_prompts(args), "on_nan": "stop", "eval_every": eval_every,
+        "world_size": distributed.get_torchrun_size(), "batch_parts": 1, "seed": args.seed or 0,
+        "overrides": args.overrides, "prompts": read_prompts(args), "on_nan": "stop", "eval_every": eval_every,
         "save_every": None, "keep_checkpoints": 0, "report_to": None, "push_to_hub": None, "steps": steps}
     run_config["data"] = hub_data.absolute_name(run_config["data"])    # a resume may come from another folder
     for key in ("pretrained", "backbone", "vae"):
@@ -277,14 +293,14 @@ def resumed_run_config(args):
         raise FileNotFoundError(f"--resume {run_dir}: wanted a run folder with checkpoint.pt, found none")
     run_config = checkpoint.load_run_config(run_dir / "config.json")
     for key in ["output_dir", "overwrite", "full", "prompts_file", *checkpoint.RUN_CONFIG_TYPES]:
-        if key in CHANGEABLE or key == "world_size":
+        if key in (*CHANGEABLE, "world_size", "batch_parts"):
             continue
         if getattr(args, key) not in (None, [], run_config.get(key)):
             options = {"overrides": "set", "prompts": "validation-prompt", "prompts_file": "prompts"}
             option = options.get(key, key).replace("_", "-")
             raise ValueError(f"--resume keeps a run's own settings: leave out --{option}")
-    if run_config["world_size"] != distributed.get_world_size():
+    if run_config["world_size"] != distributed.get_torchrun_size():
         raise ValueError(f"{run_dir} is a run of {run_config['world_size']} process(es), not "
-                         f"{distributed.get_world_size()}: "
+                         f"{distributed.get_torchrun_size()}: "
                          f"{resume_command(run_dir, run_config['world_size'])}")
     return run_config, run_dir

@@ -1,4 +1,4 @@
-"""Training in several processes:   torchrun --nproc-per-node 8 train.py …
+"""Training in several processes, started by torchrun --nproc-per-node 8 train.py … or by utils/launch.py.
 
 Every process has its own micro-batches and random numbers, and all take the same optimiser step, with the sum
 of their gradients. Two processes compute what one computes with --set gradient_accumulation_steps=2.
@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+LAUNCHED = "LAUNCHED_BY_TRAIN"         # set in the environment of processes that utils/launch.py has started
 START_TIMEOUT_S = 300                  # for all processes to start
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # process 0 may write large files while the others wait
 WATCH_INTERVAL_S, GRACE_S = 2, 10      # of watch_for_failures
@@ -26,9 +27,10 @@ FSDP_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock"
                "ResBlock"}
 
 
-def init_distributed():
-    """Join torchrun's process group. Without torchrun this does nothing. ValueError if the environment is
-    incomplete, or if the other processes do not start in time; Ctrl-C and SIGTERM work meanwhile."""
+def init_distributed(check_start=lambda: None):
+    """Join the process group of torchrun or of utils/launch.py; without one this does nothing. ValueError if
+    the environment is incomplete, or if the other processes do not start in time; Ctrl-C and SIGTERM work
+    meanwhile. check_start(): called again and again until all have started."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     has_cuda = torch.cuda.is_available()
@@ -40,7 +42,7 @@ def init_distributed():
     if has_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = wait_for_processes(rank, world_size)
+    store = wait_for_processes(rank, world_size, check_start)
     dist.init_process_group("nccl" if has_cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=COLLECTIVE_TIMEOUT)
     watch_for_failures()
@@ -78,7 +80,7 @@ def abort(code):
     os._exit(code)
 
 
-def wait_for_processes(rank, world_size):
+def wait_for_processes(rank, world_size, check_start):
     """A key-value store that all processes have joined. It is polled from Python: torch's own start-up waits
     in C++, where no signal arrives."""
     uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun hosts the store
@@ -86,6 +88,7 @@ def wait_for_processes(rank, world_size):
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline, store, num_ready = time.monotonic() + START_TIMEOUT_S, None, 0
     while num_ready < world_size:
+        check_start()
         if time.monotonic() > deadline:
             raise ValueError(f"only {num_ready} of {world_size} processes started in {START_TIMEOUT_S} s: "
                              f"start all of them with MASTER_ADDR={host} and MASTER_PORT={port}")
@@ -116,6 +119,12 @@ def get_device():
 def get_world_size():
     """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_torchrun_size():
+    """The number of processes that torchrun has started; 1 where train.py has started them itself, to share
+    the batches of one (utils/launch.py)."""
+    return 1 if LAUNCHED in os.environ else get_world_size()
 
 
 def get_rank():
@@ -168,6 +177,13 @@ def any_rank(flag):
     flag = torch.tensor(float(flag), device=get_device())
     all_reduce_sum_([flag])
     return bool(flag)
+
+
+def sum_over_ranks(tensor):
+    """The sum of a CPU tensor over all processes, on the CPU."""
+    total = tensor.to(get_device())
+    all_reduce_sum_([total])
+    return total.cpu()
 
 
 def barrier():

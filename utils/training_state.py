@@ -24,9 +24,11 @@ TIMED_STEPS = 10                       # whose mean duration tells how long a la
 
 class TrainingState:
     """model, teacher: Denoisers · disc: discriminator · method: the module with both losses · config: its
-    Config · dataset: source of batches · total_steps: length of the run."""
+    Config · dataset: source of batches · total_steps: length of the run · batch_parts: into how many
+    smaller micro-batches each is divided (utils/launch.py)."""
 
-    def __init__(self, model, teacher, disc, method, config, dataset, total_steps, seed=0, skip_nan=False):
+    def __init__(self, model, teacher, disc, method, config, dataset, total_steps, seed=0, skip_nan=False,
+                 batch_parts=1):
         self.model, self.teacher, self.disc = model, teacher, disc
         self.method, self.config, self.dataset = method, config, dataset
         self.step, self.total_steps, self.seed = 0, total_steps, seed
@@ -36,9 +38,13 @@ class TrainingState:
         self.warmup_steps_d = min(config.warmup_steps_d, total_steps // 4) if config.lambda_adv else 0
         self.run_id = [method.__name__, dataset.name, seed]
 
-        self.num_micro_batches = config.gradient_accumulation_steps * distributed.get_world_size()
-        first_id = config.gradient_accumulation_steps * distributed.get_rank()
-        self.micro_batch_ids = range(first_id, first_id + config.gradient_accumulation_steps)
+        if config.batch_size % batch_parts:
+            raise ValueError(f"a batch of {config.batch_size} images has no {batch_parts} equal parts")
+        self.batch_size = config.batch_size // batch_parts
+        self.num_micro_batches = (config.gradient_accumulation_steps * batch_parts
+                                  * distributed.get_torchrun_size())
+        num_own = self.num_micro_batches // distributed.get_world_size()
+        self.micro_batch_ids = range(num_own * distributed.get_rank(), num_own * (distributed.get_rank() + 1))
         self.prefetch_pool, self.prefetched = ThreadPoolExecutor(1), {}    # step: future of its batches
 
         self.g_params = [param for param in model.network.parameters() if param.requires_grad]
@@ -68,9 +74,9 @@ class TrainingState:
             generator = torch.Generator().manual_seed(self.derive_seed(micro_batch_id, "data", step=step))
             if hasattr(self.dataset, "training_batch"):                # it has epochs
                 position = self.data_position(step, micro_batch_id)
-                batch = self.dataset.training_batch(position, self.config.batch_size, self.seed, generator)
+                batch = self.dataset.training_batch(position, self.batch_size, self.seed, generator)
             else:
-                batch = self.dataset.sample_batch(self.config.batch_size, generator)
+                batch = self.dataset.sample_batch(self.batch_size, generator)
             batch.generator = torch.Generator().manual_seed(self.derive_seed("path", step=step))
             batches.append(batch.pin_memory() if self.model.alpha.is_cuda else batch)
         return batches
@@ -81,7 +87,7 @@ class TrainingState:
         first_id, per_step = 0, self.num_micro_batches
         if self.dataset.has_own_positions:
             first_id, per_step = self.micro_batch_ids.start, len(self.micro_batch_ids)
-        return (step * per_step + micro_batch_id - first_id) * self.config.batch_size
+        return (step * per_step + micro_batch_id - first_id) * self.batch_size
 
     def derive_seed(self, *tags, step=None):
         """A random seed from the run's seed, the step and a purpose."""
