@@ -7,7 +7,6 @@ the same classifier and number of images. fd_excess = FD - FD of real images.
     python evaluate.py --data fashion                         the pretrained models: base, ADT, ADD
     python evaluate.py base runs/adt-glyphs-seed0 --steps 4,10,50
     python evaluate.py --prompt "a yellow umbrella on blue"   eight images per model, no measuring
-
 Read next: scripts/run_study.py, which makes the tables of results/"""
 
 import argparse
@@ -35,19 +34,27 @@ DEFAULT_SAMPLING_CONFIGS = [(1, {}), (4, {}), (10, {}), (25, {})]      # (num_st
 def sample_batches(model, captions, num_steps, guidance_scale=1.0, seed=0, timestep_shift=1.0, t_max=1.0,
                    stochasticity=0.0, callback=None):
     """One image per caption, the noise fixed by the seed; settings as in sampler.py. Yields (b, 3, H, W) in
-    [-1, 1], fp32 on the CPU, with b = model.sample_batch_size or less."""
+    [-1, 1], fp32 on the CPU, with b = model.sample_batch_size or less. All processes yield the same; of a
+    small model each samples its share of the batches."""
     generator = torch.Generator().manual_seed(seed)
     # all initial noise is drawn first: it must not depend on the batch size
     noise = torch.randn(len(captions), *model.latent_shape, generator=generator)
     timesteps = sampler.make_timesteps(model.T, num_steps, timestep_shift, t_max)
     uncond = model.encode_prompts([""])
-    for i, x in enumerate(noise.split(model.sample_batch_size)):
+
+    def sample_batch(i, x):
         cond = model.encode_prompts(captions[i * model.sample_batch_size:][:len(x)])
         with model.autocast():
             x0 = sampler.rollout(model, x.to(model.alpha.device), timesteps, cond, uncond, guidance_scale,
                                  stochasticity=stochasticity, generator=generator, callback=callback)
-            image = model.decode(x0)
-        yield image.clamp(-1, 1).float().cpu()
+            return model.decode(x0).clamp(-1, 1).float().cpu()
+
+    def skip_batch(i, x):
+        sampler.skip_noise(x.shape, num_steps, stochasticity, generator)
+        return torch.zeros(len(x), 3, model.resolution, model.resolution)
+
+    skip = None if model.is_large or model.alpha.is_cuda else skip_batch  # large: perhaps sharded
+    yield from distributed.alternate(enumerate(noise.split(model.sample_batch_size)), sample_batch, skip)
 
 
 def sample(model, captions, num_steps, **settings):

@@ -88,6 +88,12 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     return x0
 
 
+def skip_noise(shape, num_steps, stochasticity, generator):
+    """Draw what a rollout from x of this shape would draw, so that the generator is where it would be."""
+    for _ in range(num_steps - 1 if stochasticity else 0):
+        torch.randn(shape, generator=generator)
+
+
 def sample_few_step(model, noise, timesteps, cond, stochasticity=1.0, generator=None, callback=None):
     """Sample a distilled student without guidance: predict x0, noise it to the next timestep, repeat.
     evaluate.py does the same through rollout's stochasticity.

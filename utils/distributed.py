@@ -179,11 +179,19 @@ def any_rank(flag):
     return bool(flag)
 
 
-def sum_over_ranks(tensor):
-    """The sum of a CPU tensor over all processes, on the CPU."""
-    total = tensor.to(get_device())
-    all_reduce_sum_([total])
-    return total.cpu()
+def alternate(items, compute, skip=None):
+    """Yield the tensor compute(*item) for every item, in all processes. The processes take turns: of as many
+    items as there are processes each computes one, and calls skip(*item), which returns zeros of the same
+    shape, for the others. Without skip every process computes all."""
+    items, num_processes = list(items), get_world_size() if skip else 1
+    for first in range(0, len(items), num_processes):
+        tensors = []
+        for turn, item in enumerate(items[first:first + num_processes]):
+            is_own = num_processes == 1 or turn == get_rank()
+            tensors.append(compute(*item) if is_own else skip(*item))
+        if num_processes > 1:
+            all_reduce_sum_(tensors)
+        yield from tensors
 
 
 def barrier():
