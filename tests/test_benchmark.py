@@ -1,14 +1,15 @@
-"""The benchmark's arithmetic: operations and bytes of a layer, the calls of a step, the recipes."""
+"""The benchmark's arithmetic: operations and bytes of a layer, the calls and operations of a step."""
 
-import json
+import re
 from contextlib import ExitStack
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_families import setup_run
+from torch.utils.flop_counter import FlopCounterMode
 
-from scripts import benchmark, memory_of_large_models
+from conftest import make_trainer
+from scripts import benchmark, memory_of_large_models, network_calls
 
 pytestmark = pytest.mark.usefixtures("cache_home")
 
@@ -41,37 +42,49 @@ def test_the_benchmark_counts_every_call_of_a_step(pretrained, method):
     with ExitStack() as hooks:
         for name, part in parts.items():
             hooks.callback(part.register_forward_pre_hook(count_images(name)).remove)
-        call_counts = benchmark.CallRecorder(trainer).call_counts
+        call_counts = network_calls.CallRecorder(trainer).call_counts
     for name, expected in num_images.items():
         found = sum(size * times for (part, size, _), times in call_counts.items() if part == name)
         assert found == expected, name
 
 
-def test_recipes_are_read_off_the_names_that_a_study_gives(tmp_path, monkeypatch):
-    """Also where a value has a hyphen. Of two seeds the mean and the deviation count: who leads by less than
-    that may lead by chance; who leads in one step and trails in four, does not lead."""
-    requested = []
+def test_the_operations_of_a_step_are_those_of_its_calls(base):
+    """A step with the diffusion loss is one call of the network and its backward pass, which takes twice as
+    many operations, less the gradients of the first layer's and of the caption's inputs."""
+    trainer = make_trainer("--method", "diffusion")
+    batch = trainer.dataset.sample_batch(2, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        cond = trainer.model.encode_prompts(batch.caption)
+        text_flops = forward.get_total_flops()
+        trainer.model.forward_network(torch.randn(2, 12, 16, 16), torch.rand(2), cond)
+    network_flops = forward.get_total_flops() - text_flops
+    flops = benchmark.count_flops(trainer)
+    assert .97 * 3 * network_flops < flops - text_flops < 3 * network_flops
 
-    def make_trainer(*args):
-        requested.append(args)
-        return SimpleNamespace(train_step=None)
 
-    monkeypatch.setattr(benchmark.make_figures, "RESULTS_DIR", tmp_path)
-    monkeypatch.setattr(benchmark, "make_trainer", make_trainer)
-    monkeypatch.setattr(benchmark, "time_interleaved", lambda jobs, rounds: dict.fromkeys(jobs, 6.))
-    (tmp_path / "runs").mkdir()
-    fast = "lr=5e-5 pure_noise_prob=.75, 40"
-    for name, *seeds in [("lr=5e-5-pure_noise_prob=.75-40steps", (1., 5.), (2., 5.)),
-                         ("600steps", (1., 6.), (2., 6.)), ("50steps", (1.7, 5.)), ("70steps", (1.6, 4.)),
-                         ("80steps", (3., 5.))]:
-        for seed, (fd_1, fd_4) in enumerate(seeds):
-            metrics = {"1 step (2000 images)": {"fd": fd_1}, "4 steps (2000 images)": {"fd": fd_4}}
-            path = tmp_path / "runs" / f"add-glyphs-{name}-seed{seed}.json"
-            path.write_text(json.dumps(metrics))
-    rows = {row[2]: row[3:] for row in benchmark.time_to_quality()[1]}
-    assert sorted(requested) == [("add",), ("add", "--set", "lr=5e-5", "--set", "pure_noise_prob=.75")]
-    assert rows[fast] == ("2", "4.0", "1.50 ± 0.71 / 5.00 ± 0.00", "none: on the Pareto front")
-    assert rows["default, 50"][-1] == f"≈ {fast}"                      # faster, and better by less than .71
-    assert rows["default, 70"][-1] == "none: on the Pareto front"      # slower and worse, except in 4 steps
-    assert rows["default, 80"][-1] == f"default, 70; {fast}"
-    assert rows["default, 600"][-1] == fast
+def test_a_team_takes_the_steps_of_a_run_together(tmp_path):
+    """Two processes share a batch of two; what they report is summed."""
+    team = benchmark.Team(2, "diffusion", "--set", "batch_size=2")
+    try:
+        assert team.run("step") == 0
+        assert team.run("memory") > 400                                # MiB; torch alone has 200 in each
+    finally:
+        team.close()
+    assert not any(worker.is_alive() for worker in team.workers)
+
+
+def test_the_rate_of_the_machine_is_that_of_a_product_with_all_cores(monkeypatch):
+    threads = []
+    monkeypatch.setattr(benchmark, "GEMM_SIZE", 8)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(benchmark.launch, "usable_cores", lambda: 5)
+    benchmark.gemm_job("fp32")()
+    assert threads == [5, 1]
+
+
+def test_memory_and_time_of_a_long_run_are_reported_at_its_start_middle_and_end(monkeypatch):
+    monkeypatch.setattr(benchmark, "LONG_RUN", (4, 1))
+    columns, rows = benchmark.long_run()
+    assert columns == ["method", "step 1", "step 2", "step 4"]
+    assert [row[0] for row in rows] == ["adt", "add"]
+    assert all(re.fullmatch(r"\d+ ms, \d+ MiB", cell) for row in rows for cell in row[1:])
