@@ -21,11 +21,12 @@ import data
 import sampler
 from models.loading import MODEL_FAMILIES, load_eval_classifier
 from models.named import check_sampling_configs, load_named_models
-from utils import arguments, distributed, failures, metrics, plotting
+from utils import arguments, distributed, failures, launch, metrics, plotting
 from utils.precision import compute_dtype
 
 PRETRAINED = {"base": "denoiser", "adt": "adt", "add": "add"}          # name: its file in weights/DATA/
 DEFAULT_SAMPLING_CONFIGS = [(1, {}), (4, {}), (10, {}), (25, {})]      # (num_steps, settings)
+PROMPT_MAX_STEPS = 10                                                  # of the defaults, with --prompt
 
 
 # ------------------------------------------------------------------------------------------------- samples
@@ -171,6 +172,8 @@ def possible_configs(item, args):
     configs = check_sampling_configs(item.sampling_configs, item.path) or DEFAULT_SAMPLING_CONFIGS
     if args.steps:
         configs = [(int(num_steps), configs[0][1]) for num_steps in args.steps.split(",")]
+    elif getattr(args, "prompt", None):                                # a look that takes seconds
+        configs = [config for config in configs if config[0] <= PROMPT_MAX_STEPS] or configs
     possible, left_out = [], {}
     for num_steps, settings in configs:
         settings = {**settings, **arguments.sampling_settings(args)}
@@ -193,12 +196,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_sampling_arguments(parser, PRETRAINED, MODEL_FAMILIES)
-    parser.add_argument("--prompt", help="sample eight images of this caption and measure nothing")
-    parser.add_argument("--output", default="samples.png", help="the image grid to write")
-    parser.add_argument("--save-images", metavar="DIR", help="write the measured images, too")
-    parser.add_argument("--eval-samples", type=int, default=2000, help="images to measure per model")
-    parser.add_argument("--split", default="test", help="of the captions: test, held_out (glyphs), train")
-    parser.add_argument("--all-columns", action="store_true", help="print every metric")
+    arguments.add_measuring_arguments(parser)
     for name, meaning in metrics.METRIC_MODELS.items():
         parser.add_argument(metrics.flag_of(name), metavar="PATH", help=f"large models: {meaning}")
     return parser, parser.parse_args(argv)
@@ -213,6 +211,7 @@ def prepare(args):
                                args.resolution)
     models = [(item.group, item.model, *config) for item in loaded for config in possible_configs(item, args)]
     first, device = loaded[0], distributed.get_device()
+    launch.set_threads(first.model.is_large)
     metric_models = {name: getattr(args, name) for name in metrics.METRIC_MODELS if getattr(args, name)}
     if metric_models and not first.model.is_large:
         raise ValueError(f"{metrics.flag_of(min(metric_models))} is for large models (--model), not for tiny")

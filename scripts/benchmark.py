@@ -43,14 +43,13 @@ from utils.plotting import markdown_table, save_images
 from utils.precision import PRECISIONS, autocast, compute_dtype, default_precision
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 7
 GEMM_SIZE = 2048                       # of the square matrices whose product gives the machine's rate
 EVAL_BATCHES = 20                      # of 100 images, in each row of the final table
-LONG_RUN = 5000, 100                   # steps; how many at its start and end are compared
+LONG_WINDOW = 100                      # steps of the long run whose median is shown
 SHORT_STEPS = ["--set", "batch_size=1", "--set", "num_inference_steps=1"]
 
 
-def time_interleaved(jobs, rounds=ROUNDS):
+def time_interleaved(jobs, rounds):
     """{name: function} -> {name: median seconds}. Each round calls every function once; the first round does
     not count."""
     seconds = {name: [] for name in jobs}
@@ -144,7 +143,7 @@ def gemm_job(precision):
     return job
 
 
-def default_commands():
+def default_commands(args):
     """Time and memory of the default commands.
     Start-up is not included. s / step: with the number of processes that the command chooses here.
     Utilisation: operations of a step (matrix products and convolutions, counted) / seconds / rate of the
@@ -159,7 +158,7 @@ def default_commands():
             team = Team(num_processes, *cli_args)
             seconds = time_interleaved({"step": lambda team=team: team.run("step"),
                                         "GEMM": gemm_job(precision),
-                                        "sample": lambda team=team: team.run("sample")})
+                                        "sample": lambda team=team: team.run("sample")}, args.rounds)
             rate = 2 * GEMM_SIZE ** 3 / seconds["GEMM"]
             num_calls = sum(row[1] for row in trainer.config.eval_sampling_configs())
             table = num_calls * EVAL_BATCHES / num_processes * seconds["sample"] / 4
@@ -189,7 +188,7 @@ def tiny_pipelines(folder):
             for family in ("sd15", "sdxl", "sd3")]
 
 
-def step_overhead():
+def step_overhead(args):
     """A training step beside the network calls that the method needs, each timed alone, in one process.
     The small Stable Diffusion models have random weights; a call of theirs takes
     milliseconds, and their paths have ten steps here, from noise."""
@@ -202,25 +201,25 @@ def step_overhead():
             for method in ("diffusion", "adt", "add"):
                 trainer = make_trainer(method, *cli_args, *(path if method == "adt" else []))
                 trainer.train_step()
-                step, calls = step_and_calls(trainer)
+                step, calls = step_and_calls(trainer, args.rounds)
                 cells.append(f"{step:.3f} / {calls:.3f} = {step / calls:.2f}")
             rows.append((name, *cells))
     return ["model", "diffusion: step / calls, s", "ADT", "ADD"], rows
 
 
-def step_and_calls(trainer):
+def step_and_calls(trainer, rounds):
     """Seconds of a training step, and of its network calls, each timed alone."""
     recorder = CallRecorder(trainer)
     jobs = {key: time_call(trainer, call, has_graph=key[2]) for key, call in recorder.calls.items()
             if recorder.call_counts[key]}
     trainer.disc.requires_grad_(True)
-    seconds = time_interleaved({**jobs, "step": trainer.train_step})
+    seconds = time_interleaved({**jobs, "step": trainer.train_step}, rounds)
     return seconds["step"], sum(seconds[key] * count for key, count in recorder.call_counts.items())
 
 
 # ------------------------------------------------------------------------------------------ memory and time
 
-def peak_memory():
+def peak_memory(args):
     """Peak memory of a generator step of ADT in MiB, by the length of its path.
     Tensors beyond the weights, for a batch as in training; K of the steps keep their graph."""
     trainer = make_trainer("adt")
@@ -246,11 +245,12 @@ def peak_memory():
     return ["steps of the path", *variants], rows
 
 
-def long_run():
-    """Time and memory in the course of 5,000 steps.
-    Steps of one image, a path of one step; medians of 100 steps, resident memory at their end."""
-    num_steps, window = LONG_RUN
-    rows = []
+def long_run(args):
+    """Time and memory in the course of a long run.
+    Steps of one image, a path of one step: time of a step (median of the last 100), and peak of the resident
+    memory until then."""
+    num_steps, rows = args.long_steps, []
+    window = min(LONG_WINDOW, num_steps)
     for method, cli_args in (("adt", SHORT_STEPS), ("add", SHORT_STEPS[:2])):
         trainer = make_trainer(method, *cli_args, "--steps", str(num_steps))
         seconds, cells = [], []
@@ -265,7 +265,7 @@ def long_run():
     return ["method", f"step {window}", f"step {num_steps // 2}", f"step {num_steps}"], rows
 
 
-def around_the_step():
+def around_the_step(args):
     """Around the training step."""
     def process(*args):
         return lambda: subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, check=True)
@@ -277,8 +277,8 @@ def around_the_step():
         seconds = time_interleaved({"import": process("-c", "import torch"),
                                     "help": process("train.py", "--help"), "prompt": process(*prompt),
                                     "batch": lambda: dataset.sample_batch(32),
-                                    "sample": lambda: sample(model, captions, 10)}, 3)
-    ours, example = diffusers_steps()
+                                    "sample": lambda: sample(model, captions, 10)}, args.rounds)
+    ours, example = diffusers_steps(2 * args.rounds)
     return ["what", "value"], [
         ("`import torch`", f"{seconds['import']:.1f} s"),
         ("`python train.py --help`", f"{seconds['help']:.1f} s"),
@@ -291,7 +291,7 @@ def around_the_step():
 
 # --------------------------------------------------------------------------------------- beside diffusers
 
-def diffusers_steps():
+def diffusers_steps(rounds):
     """Seconds of a training step of ours, and of the loop of diffusers' text-to-image example: the same
     network, batch, loss and optimiser. The network is a small Stable Diffusion 1.5 with random weights."""
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -322,7 +322,7 @@ def diffusers_steps():
         t, noise = torch.randint(1000, (4,)), torch.randn_like(x0)
         optimizer_step(losses.diffusion_loss(model, x0, t, noise, {"text": text}))
 
-    seconds = time_interleaved({"diffusers": diffusers_step, "ours": our_step}, 15)
+    seconds = time_interleaved({"diffusers": diffusers_step, "ours": our_step}, rounds)
     return seconds["ours"], seconds["diffusers"]
 
 
@@ -349,6 +349,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m scripts.benchmark", allow_abbrev=False,
                                      description=__doc__.split("\n\n")[0])
     parser.add_argument("tables", nargs="*", help=f"{', '.join(TABLES)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each comparison; the median counts "
+                        "(default: 7)")
+    parser.add_argument("--long-steps", type=int, default=5000, help="of the table 'long' (default: 5000)")
     parser.add_argument("--output", help="file to write (default: docs/benchmark.md if all tables are made)")
     args = parser.parse_args(argv)
     output = Path(args.output or ROOT / "docs" / "benchmark.md")
@@ -356,13 +359,16 @@ def main(argv=None):
         for name in args.tables:
             if name not in TABLES:
                 raise ValueError(f"no table '{name}': wanted {', '.join(TABLES)}")
+        if args.rounds < 1 or args.long_steps < 1:
+            raise ValueError("--rounds and --long-steps: wanted 1 or more")
         if not output.absolute().parent.is_dir() or output.is_dir():
             raise ValueError(f"--output {output}: wanted a file in a folder that exists")
         sections = ["# Benchmark",
                     f"`python -m scripts.benchmark` · {machine_name()}, {launch.usable_cores()} cores, "
-                    f"{default_precision()} · torch {torch.__version__} · commit {make_figures.git_commit()}"]
+                    f"{default_precision()} · torch {torch.__version__} · commit {make_figures.git_commit()} "
+                    f"· medians of {args.rounds} round(s)"]
         for name in args.tables or TABLES:
-            columns, rows = TABLES[name]()
+            columns, rows = TABLES[name](args)
             sections += [caption(TABLES[name]), markdown_table(columns, rows)]
             print(*sections[-2:], "", sep="\n\n", flush=True)
         if args.output or not args.tables:

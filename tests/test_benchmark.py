@@ -2,6 +2,7 @@
 
 import re
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def test_the_rate_of_the_machine_is_that_of_a_product_with_all_cores(monkeypatch
 
 
 def test_memory_and_time_of_a_long_run_are_reported_at_its_start_middle_and_end(monkeypatch):
-    monkeypatch.setattr(benchmark, "LONG_RUN", (4, 1))
-    columns, rows = benchmark.long_run()
+    monkeypatch.setattr(benchmark, "LONG_WINDOW", 1)
+    columns, rows = benchmark.long_run(SimpleNamespace(long_steps=4))
     assert columns == ["method", "step 1", "step 2", "step 4"]
     assert [row[0] for row in rows] == ["adt", "add"]
     assert all(re.fullmatch(r"\d+ ms, \d+ MiB", cell) for row in rows for cell in row[1:])

@@ -24,6 +24,16 @@ def add_sampling_arguments(parser, pretrained_names, model_families):
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
+def add_measuring_arguments(parser):
+    """Of evaluate.py: what is sampled, measured and written."""
+    parser.add_argument("--prompt", help="sample eight images of this caption and measure nothing")
+    parser.add_argument("--output", default="samples.png", help="the image grid to write")
+    parser.add_argument("--save-images", metavar="DIR", help="write the measured images, too")
+    parser.add_argument("--eval-samples", type=int, default=2000, help="images to measure per model")
+    parser.add_argument("--split", default="test", help="of the captions: test, held_out (glyphs), train")
+    parser.add_argument("--all-columns", action="store_true", help="print every metric")
+
+
 def check_sampling_arguments(args, output_suffix):
     """ValueError for what is wrong whatever the models are."""
     if args.steps and not all(part.isdecimal() for part in args.steps.split(",")):
