@@ -313,6 +313,16 @@ def test_the_settings_of_a_model_hold_unless_the_command_line_changes_them(stude
                             "--steps", "1") == [(1, {"stochasticity": .5, "t_max": .9, "timestep_shift": 2.})]
 
 
+def test_a_prompt_alone_samples_the_defaults_that_take_seconds(tmp_path, monkeypatch):
+    """Of 1, 4, 10 and 25 steps not the last, unless it is asked for, or the model has no shorter path."""
+    output = ["--output", tmp_path / "x.png"]
+    monkeypatch.setattr(evaluate, "check_sampling_configs", lambda *_: [(n, {}) for n in (1, 4, 10, 25)])
+    assert [steps for steps, _ in sampled_settings(monkeypatch, "base", *output)] == [1, 4, 10]
+    assert sampled_settings(monkeypatch, "base", *output, "--steps", "25") == [(25, {})]
+    monkeypatch.setattr(evaluate, "check_sampling_configs", lambda *_: [(50, {})])
+    assert sampled_settings(monkeypatch, "base", *output) == [(50, {})]
+
+
 def test_guidance_on_a_student_is_warned_of(student, tmp_path, monkeypatch, capsys):
     output = ["--output", tmp_path / "x.png"]
     sampled_settings(monkeypatch, student, *output)
