@@ -141,6 +141,9 @@ def run_helper(rank, main, argv):
     threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)                                                        # process 0 waits for this
 
 
 def check_running(helpers):
