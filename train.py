@@ -140,7 +140,7 @@ def parse_args(argv=None):
 
 def configure(args):
     """-> run_config, run_dir, the method's Config. ValueError or OSError with one sentence."""
-    return cli.configure(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
+    return launch.configure(args, METHODS, MODELS, ("glyphs", data.DEFAULT_HUB_DATASET))
 
 
 def setup(args):

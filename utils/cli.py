@@ -7,8 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from utils import checkpoint, distributed, hub_data, launch, precision
-from utils import config as settings
+from utils import checkpoint, distributed, hub_data, precision
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
 MIN_EVAL_SAMPLES = 200                 # fewer give no Frechet distance
@@ -146,18 +145,6 @@ def default_run_dir(run_config):
     return Path("runs") / name[:200]
 
 
-def configure(args, methods, models, default_data):
-    """-> run_config, run_dir, the method's Config; parameters and errors as those of resolve_run_config."""
-    run_config, run_dir = resolve_run_config(args, methods, models, default_data)
-    method = methods[run_config["method"]]
-    saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
-    config = settings.build_config(method, settings.as_overrides(saved) + run_config["overrides"],
-                                   run_config["model"], run_config["lora_rank"] > 0, run_config["world_size"])
-    if not args.resume:
-        run_config["batch_parts"] = launch.batch_parts(config.gradient_accumulation_steps)
-    return run_config, run_dir, config
-
-
 def resolve_run_config(args, methods, models, default_data):
     """What to run and where -> run_config (the fields of checkpoint.RUN_CONFIG_TYPES), run_dir. A resumed run
     keeps its own settings except CHANGEABLE. default_data: name of the data set of the tiny and of a large
@@ -248,8 +235,9 @@ def new_run_config(args, methods, models, default_data):
         "gradient_checkpointing": is_large if checkpointing is None else checkpointing,
         "precision": args.precision, "compile": bool(args.compile), "fsdp": bool(args.fsdp),
         "world_size": distributed.get_torchrun_size(), "batch_parts": 1, "seed": args.seed or 0,
-        "overrides": args.overrides, "prompts": read_prompts(args), "on_nan": "stop", "eval_every": eval_every,
-        "save_every": None, "keep_checkpoints": 0, "report_to": None, "push_to_hub": None, "steps": steps}
+        "overrides": args.overrides, "prompts": read_prompts(args), "on_nan": "stop",
+        "eval_every": eval_every, "save_every": None, "keep_checkpoints": 0, "report_to": None,
+        "push_to_hub": None, "steps": steps}
     run_config["data"] = hub_data.absolute_name(run_config["data"])    # a resume may come from another folder
     for key in ("pretrained", "backbone", "vae"):
         if run_config[key] and Path(run_config[key]).exists():

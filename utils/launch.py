@@ -18,7 +18,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from utils import distributed
+from utils import cli, distributed
+from utils import config as settings
 from utils.failures import RunFailed
 
 MAX_AUTO_PROCESSES = 2
@@ -47,6 +48,19 @@ def batch_parts(gradient_accumulation_steps, num_processes=None):
     that share the batches of one; default: those that helper_processes has started."""
     num_processes = num_processes or distributed.get_world_size() // distributed.get_torchrun_size()
     return num_processes // math.gcd(gradient_accumulation_steps, num_processes)
+
+
+def configure(args, methods, models, default_data):
+    """-> run_config, run_dir, the method's Config; parameters and errors as those of
+    cli.resolve_run_config."""
+    run_config, run_dir = cli.resolve_run_config(args, methods, models, default_data)
+    method = methods[run_config["method"]]
+    saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
+    config = settings.build_config(method, settings.as_overrides(saved) + run_config["overrides"],
+                                   run_config["model"], run_config["lora_rank"] > 0, run_config["world_size"])
+    if not args.resume:
+        run_config["batch_parts"] = batch_parts(config.gradient_accumulation_steps)
+    return run_config, run_dir, config
 
 
 def choose_processes(args, run_config, run_dir, config, is_automatic):
