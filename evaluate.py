@@ -197,8 +197,6 @@ def parse_args(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_sampling_arguments(parser, PRETRAINED, MODEL_FAMILIES)
     arguments.add_measuring_arguments(parser)
-    for name, meaning in metrics.METRIC_MODELS.items():
-        parser.add_argument(metrics.flag_of(name), metavar="PATH", help=f"large models: {meaning}")
     return parser, parser.parse_args(argv)
 
 

@@ -4,6 +4,8 @@ Read next: evaluate.py"""
 
 from pathlib import Path
 
+from utils import metrics
+
 
 def add_sampling_arguments(parser, pretrained_names, model_families):
     """pretrained_names: of the models in weights/. model_families: of the large models."""
@@ -32,6 +34,8 @@ def add_measuring_arguments(parser):
     parser.add_argument("--eval-samples", type=int, default=2000, help="images to measure per model")
     parser.add_argument("--split", default="test", help="of the captions: test, held_out (glyphs), train")
     parser.add_argument("--all-columns", action="store_true", help="print every metric")
+    for name, meaning in metrics.METRIC_MODELS.items():
+        parser.add_argument(metrics.flag_of(name), metavar="PATH", help=f"large models: {meaning}")
 
 
 def check_sampling_arguments(args, output_suffix):
