@@ -115,7 +115,7 @@ def test_a_signal_in_the_last_step_or_during_the_evaluation_skips_the_table(tmp_
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.evaluate, "evaluate_models", interrupted)
+    monkeypatch.setattr(train, "final_evaluation", interrupted)
     assert exit_code(tmp_path / "table", *small) == 130
     message = capsys.readouterr().err
     for name in ("last", "table"):

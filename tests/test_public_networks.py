@@ -133,9 +133,9 @@ def test_evaluate_measures_base_and_run_and_writes_images(pretrained, metric_mod
                    str(metric_models["dinov2"]), "--clip", str(metric_models["clip"]), "--output",
                    str(tmp_path / "grid.png"), "--save-images", str(tmp_path / "images")])
     output = capsys.readouterr().out
-    assert "| base, 2 steps |" in output
+    assert "| base, 2 steps, guidance 7.5 |" in output
     assert "| real images |" in output
-    saved = data.build_dataset(str(tmp_path / "images" / "base, 2 steps"), 32)
+    saved = data.build_dataset(str(tmp_path / "images" / "base, 2 steps, guidance 7.5"), 32)
     assert len(saved.captions) == 6
     assert len(data.build_dataset(str(tmp_path / "images" / "real images"), 32).captions) == 6
     assert (tmp_path / "grid.png").is_file()

@@ -253,12 +253,11 @@ def test_measuring_each_terms_gradient_norm_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["adt", "add"])
-def test_set_help_lists_every_setting_with_its_source(method, capsys):
+def test_set_help_lists_every_setting_of_the_method(method, capsys):
     train.main(["--method", method, "--set", "help"])
     text = capsys.readouterr().out
     for name in train.METHODS[method].module.Config.__dataclass_fields__:
-        line = next(line for line in text.splitlines() if line.split()[:1] == [name])
-        assert any(f" {source}: " in line for source in ("paper", "secondary", "ours"))
+        assert len([line for line in text.splitlines() if line.split()[:1] == [name]]) == 1
     assert "TrainConfig" in text
     assert "DiscriminatorConfig" in text
 

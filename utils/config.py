@@ -30,7 +30,7 @@ class Method(NamedTuple):
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Batches, optimisers (AdamW) and EMA. _d: of the discriminator, which has no weight decay."""
+    """Batches, optimisers (AdamW), EMA; _d: of the discriminator, without weight decay."""
 
     batch_size: Annotated[int, "ours: images per micro-batch"] = 32
     gradient_accumulation_steps: Annotated[int, "ours: micro-batches per step and process"] = 1
