@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from utils import cli, distributed
 from utils import config as settings
@@ -146,6 +147,7 @@ def run_helper(rank, main, argv):
     """The main function of process `rank`. Ctrl-C reaches all processes of a terminal: this one goes on until
     process 0 has decided."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())                                   # its default would outlive os._exit
     parent = multiprocessing.parent_process()
 
     def end_with_parent():
