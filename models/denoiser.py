@@ -153,7 +153,7 @@ class Denoiser(nn.Module):
         """`predict` whose graph is not kept: it is computed again in the backward pass, so that one network
         graph is alive at a time. Where every block is recomputed already, the graph holds the blocks' inputs
         only, and a third forward pass would save little: per image 0.16 GiB for SD 1.5 at 512 pixels, 0.5 for
-        SDXL and SD 3 at 1024, beside 1.1, 7.4 and 5.2 for a whole graph."""
+        SDXL and SD 3 at 1024, beside 1.1, 7.4 and 5.3 for a whole graph."""
         if self.recomputes_blocks or not torch.is_grad_enabled():
             return self.predict(*args)
         return checkpoint(self.predict, *args, use_reentrant=False)

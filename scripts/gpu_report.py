@@ -30,7 +30,7 @@ from models.families import MODEL_FAMILIES
 from models.hub import reason_of
 from models.preflight import expected_gib, load_estimate
 from scripts import tiny_pipelines
-from scripts.memory_of_large_models import full_size_network
+from scripts.full_size_networks import full_size_network
 from utils import distributed
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table

@@ -5,33 +5,36 @@ and its backward pass are run there; what they allocate and how many operations 
 
     python -m scripts.memory_of_large_models      writes models/estimates.json and prints the table
 
-Read next: models/preflight.py, which shows a run's estimate before it starts"""
+Read next: scripts/full_size_networks.py; models/preflight.py, which shows an estimate before a run"""
 
 import argparse
 import itertools
 import json
 import weakref
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import train
-from models.backbones import load_dino
+from models.denoiser import MAX_AMPLIFICATION
 from models.families import MODEL_FAMILIES
-from models.half_precision import cast_frozen_weights
+from models.half_precision import accept_fp32_inputs, cast_frozen_weights
 from models.preflight import ESTIMATES
 from models.stable_diffusion import LatentDenoiser
+from scripts.full_size_networks import denoising_network, frozen_models
 from utils import config as settings
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
 
 PLAIN_FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "linear", "group_norm", "layer_norm")}
+FP32_BATCH_SIZE = 4                    # of ADD's presets
 GPU_TFLOPS = 400                       # an H100 in bf16, at a usual utilisation
-LORA_RANK = 64                         # that is measured; the number of adapter weights is proportional to it
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -65,6 +68,19 @@ class AllocationTracker(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
+class CostTracker(AllocationTracker):
+    """Counts floating point operations as well, by PyTorch's own formulas."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 class FlashAttentionCost(torch.autograd.Function):
     """Attention with the costs of a GPU's fused kernel: it stores q, k, v and the output, not the matrix of
     scores. The output has no values; `flops` counts the operations."""
@@ -85,6 +101,19 @@ class FlashAttentionCost(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def flash_attention(q, k, v, *_, **__):
+    return FlashAttentionCost.apply(q, k, v)
+
+
+@contextmanager
+def without_autocast():
+    """The context of a call in fp32, inside cuda_autocast. Attention in fp32 has a fused kernel, too. The
+    meta device does not know whether autocast is enabled."""
+    with (patch.multiple(F, **PLAIN_FUNCTIONS, scaled_dot_product_attention=flash_attention),
+          patch.object(torch, "is_autocast_enabled", lambda *_: False)):
+        yield
+
+
 @contextmanager
 def cuda_autocast():
     """CUDA's autocast for the meta device, which has none: matrix products in bf16, norms in fp32."""
@@ -98,9 +127,6 @@ def cuda_autocast():
 
         return wrapper
 
-    def flash_attention(q, k, v, *_, **__):
-        return FlashAttentionCost.apply(q, k, v)
-
     dtypes = {"conv2d": torch.bfloat16, "linear": torch.bfloat16, "group_norm": torch.float32,
               "layer_norm": torch.float32}
     patches = {name: autocast_fn(getattr(F, name), dtype) for name, dtype in dtypes.items()}
@@ -109,111 +135,83 @@ def cuda_autocast():
         yield
 
 
-def sd3_transformer(model_name):
-    """SD 3 medium, 3.5 medium or 3.5 large on the meta device."""
-    import diffusers
-    width = 38 if model_name == "sd35-large" else 24                   # heads of 64 channels, and blocks
-    variants = {"sd3": {"pos_embed_max_size": 192},
-                "sd35": {"pos_embed_max_size": 384, "qk_norm": "rms_norm",
-                         "dual_attention_layers": tuple(range(13))},
-                "sd35-large": {"pos_embed_max_size": 192, "qk_norm": "rms_norm"}}
-    return diffusers.SD3Transformer2DModel(
-        128, 2, 16, width, num_attention_heads=width, caption_projection_dim=64 * width,
-        pooled_projection_dim=2048, **variants[model_name])
-
-
-def full_size_network(model_name):
-    """The U-Net or transformer of a public model, with new weights."""
-    import diffusers
-    if model_name == "sd15":
-        return diffusers.UNet2DConditionModel(64, cross_attention_dim=768)
-    if model_name == "sdxl":
-        return diffusers.UNet2DConditionModel(
-            128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=(5, 10, 20), cross_attention_dim=2048, use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816)
-    return sd3_transformer(model_name)
-
-
-def denoising_network(model_name, latent_size):
-    """The full-size network of a model, and a function that calls it for one image."""
-    network = full_size_network(model_name)
-    t = torch.ones(1)
-    x = torch.randn(1, network.config.in_channels, latent_size, latent_size)
-    if model_name == "sd15":
-        text = torch.randn(1, 77, 768)
-        return network, lambda: network(x, t, text).sample
-    if model_name == "sdxl":
-        text = torch.randn(1, 77, 2048)
-        added = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.randn(1, 6)}
-        return network, lambda: network(x, t, text, added_cond_kwargs=added).sample
-    text, pooled = torch.randn(1, 333, 4096), torch.randn(1, 2048)
-    return network, lambda: network(x, text, pooled, t).sample
-
-
-def full_size_models(model_name, resolution):
-    """-> network, VAE, backbone on the meta device, and {part: function that calls it for one image}."""
-    import diffusers
-    network, call_network = denoising_network(model_name, resolution // 8)
-    channels = network.config.in_channels
-    vae = diffusers.AutoencoderKL(block_out_channels=(128, 256, 512, 512),
-                                  down_block_types=("DownEncoderBlock2D",) * 4,
-                                  up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-                                  latent_channels=channels).requires_grad_(False).train()
-    vae.enable_gradient_checkpointing()
-    for param in vae.parameters():
-        param.data = param.data.bfloat16()
-    backbone = load_dino("random").requires_grad_(False)
-    z = torch.randn(1, channels, resolution // 8, resolution // 8)
-    image = torch.randn(1, 3, resolution, resolution)
-    calls = {"network": call_network, "encode": lambda: vae.encoder(image.bfloat16()),
-             "decode": lambda: vae.decode(z.requires_grad_().bfloat16()).sample,
-             "backbone": lambda: backbone(image.requires_grad_())[0][-1]}
-    return network, vae, backbone, calls
-
-
-def measure_parts(calls, params):
-    """-> {part: result of measure_call}, and "network graph": GiB of the graph of one call. The VAE computes
-    without autocast."""
+@cache
+def measure_frozen_models(channels, resolution):
+    """-> number of weights; {part: result of measure_call}. The VAE computes without autocast."""
+    vae, backbone, calls = frozen_models(channels, resolution)
+    params = [*vae.parameters(), *backbone.parameters()]
     costs = {}
     for part, call in calls.items():
-        is_vae = part in ("encode", "decode")
-        with patch.multiple(F, **PLAIN_FUNCTIONS) if is_vae else nullcontext():
+        with nullcontext() if part == "backbone" else patch.multiple(F, **PLAIN_FUNCTIONS):
             costs[part] = measure_call(call, params)
+    return sum(param.numel() for param in params), costs
+
+
+def measure_network(call, params, is_fp32):
+    """call: of n images -> "network": result of measure_call for one image; "network graph": GiB of its
+    graph; "network copies": GiB that a call takes whatever n is, not in "network". In fp32 these are the
+    weights in half precision that the call copies to fp32."""
+    with without_autocast() if is_fp32 else nullcontext():
+        gib, *tflop = measure_call(lambda: call(1), params)
+        with AllocationTracker(params) as tracker:
+            y = call(1)
+            graph_gib = tracker.live_bytes / 2 ** 30
+            del y
+        per_image = gib
+        if is_fp32:
+            per_image = (measure_peak(lambda: call(FP32_BATCH_SIZE), params) - gib) / (FP32_BATCH_SIZE - 1)
+    return {"network": (per_image, *tflop), "network graph": graph_gib, "network copies": gib - per_image}
+
+
+def backward(y):
+    if y.requires_grad:
+        y.sum().backward()
+
+
+def measure_peak(call, params):
+    """-> GiB that a call and its backward pass allocate at most. params: what exists already and does not
+    count."""
     with AllocationTracker(params) as tracker:
-        y = calls["network"]()
-        costs["network graph"] = tracker.live_bytes / 2 ** 30
-        del y
-    return costs
+        backward(call())
+    return tracker.peak_bytes / 2 ** 30
 
 
 def measure_call(call, params):
-    """-> GiB that a call and its backward pass allocate at most, TFLOP of the call, TFLOP of the backward
-    pass. params: what exists already and does not count."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def backward(y):
-        if y.requires_grad:
-            y.sum().backward()
-
-    with AllocationTracker(params) as tracker:
-        backward(call())
+    """-> result of measure_peak, TFLOP of the call, TFLOP of the backward pass."""
     FlashAttentionCost.flops = 0
-    with FlopCounterMode(display=False) as counter:                    # apart, since it keeps tensors alive
+    with CostTracker(params) as tracker:
         y = call()
-        forward_flops = counter.get_total_flops() + FlashAttentionCost.flops
+        forward_flops = tracker.flops + FlashAttentionCost.flops
         backward(y)
-    all_flops = counter.get_total_flops() + FlashAttentionCost.flops
+    all_flops = tracker.flops + FlashAttentionCost.flops
     return tracker.peak_bytes / 2 ** 30, forward_flops / 1e12, (all_flops - forward_flops) / 1e12
 
 
-def step_cost(method, config, costs, recomputes_blocks, is_eps_model):
-    """costs: result of measure_parts -> GiB of activations as a function of the batch size, TFLOP of a
-    training step per image. network_gib: peak of one call and its backward pass; with recomputed blocks the
-    graphs of all calls of ADT are kept, which hold the blocks' inputs only."""
+def fp32_shares(config):
+    """The shares of the student's and of the teacher's calls that ADD on an eps-model computes in fp32: those
+    where any image of the batch has a timestep at which errors are amplified (models/denoiser.py,
+    precision_for)."""
+    alphas_cumprod = schedule_of_sd().alphas_cumprod
+    is_amplified = (((1 - alphas_cumprod) / alphas_cumprod).sqrt() > MAX_AMPLIFICATION).float()
+    at_timesteps = is_amplified[config.timesteps(len(alphas_cumprod))]
+    p_pure_noise = config.pure_noise_prob or 1 / len(at_timesteps)
+    student = p_pure_noise * at_timesteps[0]
+    if len(at_timesteps) > 1:
+        student += (1 - p_pure_noise) * at_timesteps[1:].mean()
+    return [1 - (1 - float(share)) ** config.batch_size for share in (student, is_amplified.mean())]
+
+
+def schedule_of_sd():
+    """The noise schedule of Stable Diffusion 1.5 and XL."""
+    from diffusers import DDPMScheduler
+    return DDPMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
+
+
+def step_cost(method, config, costs, recomputes_blocks, is_fp32):
+    """costs: of a model's parts, from measure_model -> GiB of activations as a function of the batch size,
+    TFLOP of a training step per image. network_gib: peak of one call and its backward pass; with recomputed
+    blocks the graphs of all calls of ADT are kept, which hold the blocks' inputs only. is_fp32: some calls of
+    ADD are computed in fp32, as costs holds them. They count twice: TF32 has half the speed of bf16."""
     network_gib, network_fwd, network_bwd = costs["network"]
     graph_gib = costs["network graph"]
     encoder_fwd = costs["encode"][1]
@@ -223,11 +221,12 @@ def step_cost(method, config, costs, recomputes_blocks, is_eps_model):
     if method == "diffusion":
         return (lambda n: n * network_gib), diffusion_tflop
     if method == "add":                                                # the teacher's target is decoded, too
-        teacher_tflop = config.teacher_steps * network_fwd
-        image_tflop = 2 * decoder_fwd + decoder_bwd + 4 * backbone_fwd + backbone_bwd
-        fp32_factor = 2 if is_eps_model else 1                         # models/denoiser.py, precision_for
-        return (lambda n: n * fp32_factor * network_gib + decoder_gib + n * backbone_gib), (
-            diffusion_tflop + teacher_tflop + image_tflop)
+        student_share, teacher_share = fp32_shares(config) if is_fp32 else (0., 0.)
+        student_tflop = (1 + student_share) * (network_fwd + network_bwd)
+        teacher_tflop = config.teacher_steps * (1 + teacher_share) * network_fwd
+        image_tflop = encoder_fwd + 2 * decoder_fwd + decoder_bwd + 4 * backbone_fwd + backbone_bwd
+        return (lambda n: costs["network copies"] + n * network_gib + decoder_gib + n * backbone_gib), (
+            student_tflop + teacher_tflop + image_tflop)
     mean_steps = (config.num_inference_steps + 1) / 2                  # the start is uniform over the path
     cfg_factor = 2 if config.guidance_scale != 1 else 1
     # without recomputed blocks whole calls are recomputed, also that of the diffusion loss
@@ -244,19 +243,23 @@ def step_cost(method, config, costs, recomputes_blocks, is_eps_model):
     return activations_gib, diffusion_tflop + path_tflop + image_tflop
 
 
-def measure_model(model_name, tuning, resolution):
-    """tuning: "lora" or "full" -> parameters of the network, of its adapters, of the frozen parts; and the
-    costs of all parts without and with gradient checkpointing."""
-    network, vae, backbone, calls = full_size_models(model_name, resolution)
-    frozen_params = [*vae.parameters(), *backbone.parameters()]
-    model = SimpleNamespace(lora_rank=0, network=network, vae=vae, output_layer=None)
+def measure_model(model_name, resolution, rank, targets, is_fp32):
+    """rank: of the adapters, 0: all weights are trained. is_fp32: the network computes in fp32 and its frozen
+    weights are fp16 -> parameters of the network, of its adapters, of the frozen parts; and the costs of all
+    parts without and with gradient checkpointing."""
+    network, call = denoising_network(model_name, resolution // 8)
+    num_frozen, frozen_costs = measure_frozen_models(network.config.in_channels, resolution)
+    model = SimpleNamespace(lora_rank=0, network=network, output_layer=None)
     num_params = sum(param.numel() for param in network.parameters())
     network.requires_grad_(False)
-    cast_frozen_weights(network, torch.bfloat16, None)                 # trained weights have a bf16 copy, too
-    if tuning == "full":
-        network.requires_grad_(True)
+    if rank or not is_fp32:                                            # trained weights have a bf16 copy, too
+        cast_frozen_weights(network, torch.float16 if is_fp32 else torch.bfloat16, None)
+    if rank:
+        LatentDenoiser.add_lora(model, rank, targets)
     else:
-        LatentDenoiser.add_lora(model, LORA_RANK)
+        network.requires_grad_(True)
+    if is_fp32:
+        accept_fp32_inputs(network, None)
     num_adapter_params = sum(param.numel() for param in network.parameters()) - num_params
 
     def free_grad(param):
@@ -265,20 +268,21 @@ def measure_model(model_name, tuning, resolution):
     for param in network.parameters():                                 # gradients are counted per weight
         if param.requires_grad:
             param.register_post_accumulate_grad_hook(free_grad)
-    params = [*network.parameters(), *frozen_params]
-    costs = [measure_parts(calls, params)]
+    params = list(network.parameters())
+    costs = [frozen_costs | measure_network(call, params, is_fp32)]
     network.train()
     LatentDenoiser.enable_gradient_checkpointing(model)
-    costs.append(measure_parts(calls, params))
-    return num_params, num_adapter_params, sum(param.numel() for param in frozen_params), costs
+    costs.append(frozen_costs | measure_network(call, params, is_fp32))
+    return num_params, num_adapter_params, num_frozen, costs
 
 
-def fixed_bytes(method_name, tuning, rank, num_params, num_adapter_params, num_frozen):
+def fixed_bytes(method_name, rank, num_params, num_adapter_params, num_frozen):
     """Weights, gradients, optimiser, EMA. A trained weight: fp32 weight, gradient, two AdamW moments and EMA
-    (20 bytes), and a bf16 copy (2)."""
-    if tuning == "lora":
-        return 4 * num_frozen + 2 * num_params + 22 * num_adapter_params * rank / LORA_RANK
-    teacher = 4 * num_params if method_name == "add" else 0
+    (20 bytes), and a bf16 copy (2), which calls in fp32 do without. A teacher of its own is in half
+    precision."""
+    if rank:
+        return 4 * num_frozen + 2 * num_params + 22 * num_adapter_params
+    teacher = 2 * num_params if method_name == "add" else 0
     return 4 * num_frozen + 22 * num_params + teacher
 
 
@@ -286,25 +290,33 @@ def estimate_all():
     """-> the content of models/estimates.json: what a training step takes, for every method, model, tuning,
     without and with gradient checkpointing; batch size and resolution as in the preset."""
     estimates = {}
-    with torch.device("meta"), cuda_autocast():
-        for model_name, tuning in itertools.product(MODEL_FAMILIES, ("lora", "full")):
-            measured = {}
-            for method_name, method in train.METHODS.items():
-                own_resolution = MODEL_FAMILIES[model_name][3]
-                resolution = min(own_resolution, method.max_resolution.get(model_name, own_resolution))
-                if resolution not in measured:
-                    measured[resolution] = measure_model(model_name, tuning, resolution)
-                *sizes, costs = measured[resolution]
-                gib = fixed_bytes(method_name, tuning, method.lora_rank, *sizes) / 2 ** 30
-                config = settings.build_config(train.METHODS[method_name], [], model_name, tuning == "lora")
-                for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
-                    activations_gib, tflop = step_cost(method_name, config, costs_of_parts, bool(suffix),
-                                                       not model_name.startswith("sd3"))
-                    per_image = (activations_gib(9) - activations_gib(1)) / 8
-                    estimates[f"{method_name} {model_name} {tuning}{suffix}"] = {
-                        "resolution": resolution, "batch_size": config.batch_size,
-                        "fixed_gib": round(gib + activations_gib(1) - per_image, 2),
-                        "activations_gib": round(per_image, 3), "tflop": round(tflop, 2)}
+    for model_name, tuning in itertools.product(MODEL_FAMILIES, ("lora", "full")):
+        estimates |= estimate_model(model_name, tuning)
+    return estimates
+
+
+def estimate_model(model_name, tuning):
+    """The entries of one model. tuning: "lora" or "full"."""
+    estimates, measured = {}, {}
+    for method_name, method in train.METHODS.items():
+        own_resolution = MODEL_FAMILIES[model_name][3]
+        resolution = min(own_resolution, method.max_resolution.get(model_name, own_resolution))
+        rank, targets = (method.lora_rank, method.lora_targets) if tuning == "lora" else (0, None)
+        is_fp32 = method_name == "add" and not model_name.startswith("sd3")    # that is an eps-model
+        key = resolution, rank, targets, is_fp32
+        if key not in measured:
+            with torch.device("meta"), cuda_autocast():
+                measured[key] = measure_model(model_name, *key)
+        *sizes, costs = measured[key]
+        gib = fixed_bytes(method_name, rank, *sizes) / 2 ** 30
+        config = settings.build_config(method, [], model_name, tuning == "lora")
+        for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
+            activations_gib, tflop = step_cost(method_name, config, costs_of_parts, bool(suffix), is_fp32)
+            per_image = (activations_gib(9) - activations_gib(1)) / 8
+            estimates[f"{method_name} {model_name} {tuning}{suffix}"] = {
+                "resolution": resolution, "batch_size": config.batch_size,
+                "fixed_gib": round(gib + activations_gib(1) - per_image, 2),
+                "activations_gib": round(per_image, 3), "tflop": round(tflop, 2)}
     return estimates
 
 
@@ -321,7 +333,7 @@ def estimates_table(estimates):
         entry = estimates[key]
         rows.append((f"{method_name}, {model_name}, {'LoRA' if tuning == 'lora' else 'all weights'}",
                      entry["resolution"], entry["batch_size"], *cells))
-    return ["run", "px", "batch", "GiB", "s", "`--no-gradient-checkpointing`, GiB", "s "], rows
+    return ["run", "px", "batch", "GiB", "s", "`--no-gradient-checkpointing`: GiB", "s"], rows
 
 
 def main(argv=None):
