@@ -3,11 +3,10 @@
 import pytest
 import torch
 from test_aspect_buckets import make_images
-from tiny_families import FAMILIES, RESOLUTION, build_model, setup_run, train_args
+from tiny_families import FAMILIES, RESOLUTION, assert_refused, build_model, setup_run
 from tiny_families import make_images as make_squares
 
 import data
-import train
 from models import latent_cache
 from utils import distributed
 
@@ -165,12 +164,7 @@ def test_an_image_that_cannot_be_read_is_replaced_by_one_of_its_shape(pretrained
     (["--cache-latents", "--model", "sd15", "--random-crop"], "exclude each other"),
     (["--cache-latents", "--model", "sd15", "--data", "glyphs"], "those of glyphs are streamed or drawn")])
 def test_what_cannot_be_cached_is_one_sentence(pretrained, capsys, args, message):
-    if "--model" in args:
-        args = [*train_args(pretrained, "sd15"), *args]
-    with pytest.raises(SystemExit) as ended:
-        train.main(args)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert_refused(pretrained, capsys, args, message)
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_encoded(pretrained, monkeypatch):

@@ -4,6 +4,7 @@ Their fixtures, `pretrained` and `cache_home`, are in conftest.py."""
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -62,6 +63,17 @@ def train_args(pretrained, name, *args):
     return ["--model", name, "--pretrained", str(pretrained / name), "--backbone", str(pretrained / "dino"),
             "--data", str(pretrained / "images"), "--resolution", str(RESOLUTION), "--eval-samples", "0",
             "--set", "batch_size=2", "--set", "gradient_accumulation_steps=1", *args]
+
+
+def assert_refused(pretrained, capsys, args, message):
+    """train.py ends with this message and exit code 2. With --model, args are added to those of a run on the
+    tiny pipeline of sd15."""
+    if "--model" in args:
+        args = [*train_args(pretrained, "sd15"), *args]
+    with pytest.raises(SystemExit) as ended:
+        train.main(args)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def setup_run(pretrained, name, method, *args):

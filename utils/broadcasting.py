@@ -32,7 +32,6 @@ class StructurePickler(pickle.Pickler):
         kind = nn.Parameter if isinstance(item, nn.Parameter) else torch.Tensor
         return self.numbers[id(item)], kind, item.requires_grad, tuple(item.shape), item.dtype
 
-
     def reducer_override(self, item):
         """Models of transformers register themselves when they are made, and without that return no hidden
         states: the other process makes them anew from their config, on the meta device."""
