@@ -252,6 +252,28 @@ def test_a_lone_process_gives_up_in_time(monkeypatch):
         distributed.init_distributed()
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_process_that_has_left_its_group_is_not_ended_by_a_failure_in_it(monkeypatch, leaves):
+    """In a notebook, or in a test, the process goes on; watching the group for longer would end it later."""
+    exits, port = [], free_port()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "WATCH_INTERVAL_S", .01)
+    monkeypatch.setattr(distributed, "GRACE_S", .5)
+    monkeypatch.setattr(distributed.os, "_exit", exits.append)
+    distributed.init_distributed()
+    try:
+        distributed.default_store().set("failed", "1")
+        time.sleep(.2)                                                 # it knows, and waits for GRACE_S
+    finally:
+        if leaves:
+            distributed.leave_group()
+    time.sleep(.8)
+    distributed.leave_group()
+    assert exits == ([] if leaves else [1])
+
+
 def restore_sigint():
     """A shell's background jobs ignore Ctrl-C, and their children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

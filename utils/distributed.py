@@ -55,20 +55,30 @@ def default_store():
 def watch_for_failures():
     """End this process, from a thread, some seconds after another one has failed: a collective operation
     would wait for it until COLLECTIVE_TIMEOUT, and no signal arrives there. The seconds are for a process
-    that fails by itself, with a sentence of its own."""
+    that fails by itself, with a sentence of its own. leave_group ends the watch."""
     # a client of the store that waits for a key blocks other threads
     own_store = default_store().clone()
+    has_left = watch_for_failures.has_left = threading.Event()
 
     def watch():
         with suppress(RuntimeError):                       # the host of the store has ended
             while not own_store.check(["failed"]):
-                time.sleep(WATCH_INTERVAL_S)
+                if has_left.wait(WATCH_INTERVAL_S):
+                    return
             rank = own_store.get("failed").decode()
-            time.sleep(GRACE_S)
+            if has_left.wait(GRACE_S):
+                return
             print(f"process {get_rank()} stops: process {rank} has failed", file=sys.stderr, flush=True)
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_group():
+    """This process is alone again: what happened to the others concerns it no longer."""
+    if dist.is_initialized():
+        watch_for_failures.has_left.set()
+        dist.destroy_process_group()
 
 
 def abort(code):

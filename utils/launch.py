@@ -16,7 +16,6 @@ import threading
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from utils import cli, distributed
@@ -137,8 +136,7 @@ def stop_helpers(helpers):
         if helper.pid is not None:
             helper.kill()
             helper.join()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    distributed.leave_group()
     for name in VARIABLES:
         os.environ.pop(name, None)
 
