@@ -46,7 +46,7 @@ class FrozenBackbone(nn.Module):
         self.network = network.eval()
         self.layers = tuple(layers or network.layers)
         with torch.no_grad():
-            maps, cls = network(torch.zeros(1, 3, 32, 32))
+            maps, cls = network(torch.zeros(1, 3, 32, 32, device=next(network.buffers()).device))
         self.map_shapes = [maps[i].shape[1:] for i in self.layers]     # (D, h, w) of each layer
         self.embed_dim = cls[-1].shape[1]
         for i, (channels, _, _) in enumerate(self.map_shapes):

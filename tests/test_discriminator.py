@@ -77,6 +77,11 @@ def test_masked_patches_do_not_reach_other_tokens(backbone):
     assert not torch.equal(last_map, backbone.network(changed, mask)[0][-1])
 
 
+def test_a_backbone_is_on_the_device_of_its_network():
+    backbone = discriminator.FrozenBackbone(load_backbone("tiny", "fashion").to("meta"))
+    assert len(backbone.map_shapes) == len(backbone.layers)
+
+
 def test_whitened_features_have_equal_variance_in_all_directions():
     """On the images that the whitening was fitted on: mean zero, and the variance v of a direction becomes
     v / (v + eps mean(v)), close to 1 but for the smallest. Fitting again, in parts, changes nothing, and a
