@@ -190,7 +190,7 @@ def cached_whitening(fit_whitening):
         tensors = [*backbone.network.state_dict().values(), *backbone.network.buffers(), *batches]
         digest = hashlib.sha256(repr((backbone.layers, kwargs)).encode())
         for tensor in tensors:
-            digest.update(tensor.float().numpy().tobytes())
+            digest.update(tensor.float().cpu().numpy().tobytes())
         key = digest.digest()
         if key not in statistics:
             fit_whitening(backbone, batches, **kwargs)
