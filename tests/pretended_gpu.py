@@ -6,6 +6,7 @@ so that a forgotten `.to(device)` shows without a GPU. Kernels, memory and speed
 import sys
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
@@ -14,6 +15,8 @@ from models import loading
 from utils import distributed
 
 DEVICE = torch.device("meta")                           # the one other device of a CPU build of PyTorch
+# module.to(DEVICE) replaces the parameters, as a GpuTensor cannot be the data of a CPU tensor
+OVERWRITE_PARAMS = torch.__future__, "_overwrite_module_params_on_conversion"
 aten = torch.ops.aten
 # CUDA takes tensors of both devices for these, too: indices on the CPU, and copies
 TAKES_BOTH = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index,
@@ -65,24 +68,21 @@ def run_op(op, args, kwargs):
 
 
 class OnGpu(TorchDispatchMode):
-    """Tensors made with device=DEVICE are GpuTensors."""
+    """Tensors created with device=DEVICE are GpuTensors."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         return run_op(op, args, kwargs or {})
 
 
 @contextmanager
-def pretended_gpu(monkeypatch):
+def pretended_gpu():
     """Within it the device of a run is DEVICE. Files are read onto the CPU, as always."""
     def on_cpu(load):
         def load_on_cpu(*args, **kwargs):
-            torch.__future__.set_overwrite_module_params_on_conversion(False)
-            try:
-                with _disable_current_modes(), monkeypatch.context() as loading_patches:
-                    loading_patches.setattr(torch, "tensor", make_tensor)
-                    return load(*args, **kwargs)
-            finally:
-                torch.__future__.set_overwrite_module_params_on_conversion(True)
+            with _disable_current_modes(), pytest.MonkeyPatch.context() as loading_patches:
+                loading_patches.setattr(torch, "tensor", make_tensor)
+                loading_patches.setattr(*OVERWRITE_PARAMS, False)
+                return load(*args, **kwargs)
         return load_on_cpu
 
     def of_the_cpu(ask):
@@ -99,26 +99,24 @@ def pretended_gpu(monkeypatch):
     make_tensor, get_device = torch.tensor, distributed.get_device
 
     def tensor(values, *args, device=None, **kwargs):
-        made = make_tensor(values, *args, **kwargs)
-        return made if device is None else made.to(device)
+        cpu_tensor = make_tensor(values, *args, **kwargs)
+        return cpu_tensor if device is None else cpu_tensor.to(device)
 
     def new_tensor(self, values):
         return make_tensor(values, dtype=self.dtype).to(self.device)
 
-    for module in list(sys.modules.values()):
-        if getattr(module, "get_device", None) is get_device:
-            monkeypatch.setattr(module, "get_device", lambda: DEVICE)
-    for name in ("load_model", "load_backbone"):
-        monkeypatch.setattr(loading, name, on_cpu(getattr(loading, name)))
-    for name in ("is_autocast_enabled", "get_autocast_dtype"):
-        monkeypatch.setattr(torch, name, of_the_cpu(getattr(torch, name)))
-    monkeypatch.setattr(torch, "autocast", Autocast)
-    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
-    monkeypatch.setattr(torch, "tensor", tensor)
-    monkeypatch.setattr(torch.Tensor, "new_tensor", new_tensor)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
+    with pytest.MonkeyPatch.context() as patches:
+        for module in list(sys.modules.values()):
+            if getattr(module, "get_device", None) is get_device:
+                patches.setattr(module, "get_device", lambda: DEVICE)
+        for name in ("load_model", "load_backbone"):
+            patches.setattr(loading, name, on_cpu(getattr(loading, name)))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            patches.setattr(torch, name, of_the_cpu(getattr(torch, name)))
+        patches.setattr(torch, "autocast", Autocast)
+        patches.setattr(torch.optim, "AdamW", AdamW)
+        patches.setattr(torch, "tensor", tensor)
+        patches.setattr(torch.Tensor, "new_tensor", new_tensor)
+        patches.setattr(*OVERWRITE_PARAMS, True)
         with OnGpu():
             yield
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)

@@ -3,19 +3,18 @@
 import pytest
 import torch
 from pretended_gpu import DEVICE, GpuTensor, pretended_gpu
-from tiny_families import train_args
+from tiny_families import setup_run
 
 import evaluate
 from conftest import make_trainer
 
-PATH_OF_TWO = ["--set", "num_inference_steps=2", "--set", "num_grad_steps=1"]
 # The second derivative of group norm changes shapes in place, which GpuTensor cannot follow: no R1.
-METHODS = {"adt": [*PATH_OF_TWO, "--set", "whiten_features=true"], "add": ["--set", "r1_gamma=0"]}
+SETTINGS = {"adt": ["--set", "whiten_features=true"], "add": ["--set", "r1_gamma=0"]}
 
 
-def check_run(monkeypatch, args):
-    with pretended_gpu(monkeypatch):
-        trainer = make_trainer("--precision", "fp32", "--processes", "1", *args)
+def check_run(build_trainer, *args):
+    with pretended_gpu():
+        trainer = build_trainer(*args, "--precision", "fp32", "--processes", "1")
         params = [*trainer.g_params, *trainer.d_params]
         before = [param.values.clone() for param in params]
         for _ in range(2):
@@ -28,8 +27,8 @@ def check_run(monkeypatch, args):
     assert images.shape[:2] == (2, 3) and images.isfinite().all()
 
 
-def test_operations_on_two_devices_are_refused(monkeypatch):
-    with pretended_gpu(monkeypatch):
+def test_operations_on_two_devices_are_refused():
+    with pretended_gpu():
         x = torch.ones(2, 3).to(DEVICE)
         assert (x + x).sum().item() == 12 and (x * 2).device == DEVICE
         for mix in (lambda: x + torch.zeros(2, 3), lambda: torch.cat([x, torch.zeros(2, 3)]),
@@ -38,13 +37,12 @@ def test_operations_on_two_devices_are_refused(monkeypatch):
                 mix()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_tiny_model_trains_and_samples_on_one_device(monkeypatch, method):
-    check_run(monkeypatch, ["--method", method, *METHODS[method]])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_the_tiny_model_trains_and_samples_on_one_device(method):
+    check_run(make_trainer, "--method", method, *SETTINGS[method])
 
 
 @pytest.mark.parametrize("name, method, trained", [("sd15", "adt", ["--lora-rank", "2"]), ("sdxl", "add", []),
                                                    ("sd3", "adt", ["--lora-rank", "2"])])
-def test_a_large_model_trains_and_samples_on_one_device(monkeypatch, pretrained, cache_home, name, method,
-                                                        trained):
-    check_run(monkeypatch, ["--method", method, *METHODS[method], *train_args(pretrained, name, *trained)])
+def test_a_large_model_trains_and_samples_on_one_device(pretrained, cache_home, name, method, trained):
+    check_run(setup_run, pretrained, name, method, *SETTINGS[method], *trained)
