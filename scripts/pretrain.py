@@ -175,7 +175,8 @@ def train_network(name, dataset, recipe, output_dir, prediction_type, stop_reque
     torch.manual_seed(SEEDS[name])
     network, loss_fn, metadata = build_network(name, dataset, prediction_type)
     ema = deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(.9, .99), weight_decay=.01)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(.9, .99), weight_decay=.01,
+                                  fused=True)
     state_path = output_dir / f"{name}.state"
     start_step, elapsed_before = load_state(state_path, network, ema, optimizer, metadata)
     log_path = output_dir / f"{name}.jsonl"

@@ -134,7 +134,7 @@ def test_preconditioning_leaves_what_no_line_through_x_t_predicts(prediction_typ
 def test_at_pure_noise_x0_comes_from_the_network_alone():
     """A flow's linear part removes all of the noise: one-step x0 is -c_out F."""
     model = TinyDenoiser(["a"])
-    torch.nn.init.normal_(model.network.conv_out[2].weight, std=.1)
+    torch.nn.init.normal_(model.network.conv_out.weight, std=.1)
     eps, t, cond = torch.randn(2, 12, 16, 16), torch.tensor([999, 999]), model.encode_prompts(["", ""])
     y = model.predict(eps, t, cond)
     output = model.network(eps, torch.ones(2), cond["text"], cond["mask"], cond["pooled"])
