@@ -153,6 +153,27 @@ def test_tiny_model_runs_and_its_latents_are_exactly_invertible(prediction_type,
     assert y.shape == z.shape and y.isfinite().all()
 
 
+def test_a_flat_image_stays_flat():
+    """All pixels share their weights: without positions and borders, a network of any weights maps a flat
+    image to a flat output. Weights of their own for the sub-pixels of a latent would make a pattern."""
+    model = TinyDenoiser(["a"])
+    network = model.network
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.padding_mode = "circular"
+            torch.nn.init.normal_(module.weight, std=.1)
+            torch.nn.init.normal_(module.bias)
+    with torch.no_grad():
+        for positions in (network.pos_embed, network.mid_pos_embed):
+            positions.copy_(positions[:, :1, :1].expand_as(positions))
+        network.text_to_map[2].weight.zero_()
+        network.text_to_map[2].bias.fill_(.3)
+    z = model.encode(torch.tensor([.2, -.5, .7]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+    image = model.decode(model.predict(z, torch.tensor([300]), model.encode_prompts(["a"])))
+    assert image.std((2, 3)).max() < 1e-4 * image.abs().max()
+    assert image.abs().max() > .1
+
+
 def test_padding_does_not_change_a_captions_embedding(base):
     """The embedding of a caption does not depend on the other captions of its batch."""
     alone = base.encode_prompts(["a snowman"])
