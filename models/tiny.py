@@ -120,13 +120,15 @@ class ResBlock(nn.Module):
     """Residual block with adaptive group norm: time and caption set scale and shift between the two
     convolutions. Its last layer starts at zero, so the block starts as the identity (plus `skip`)."""
 
-    def __init__(self, in_channels, channels, emb_dim):
+    def __init__(self, in_channels, channels, emb_dim, padding_mode="zeros"):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(8, in_channels), nn.SiLU(),
-                                       nn.Conv2d(in_channels, channels, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(8, in_channels), nn.SiLU(),
+            nn.Conv2d(in_channels, channels, 3, padding=1, padding_mode=padding_mode))
         self.norm = nn.GroupNorm(8, channels)
         self.emb_proj = nn.Linear(emb_dim, 2 * channels)
-        self.out_layers = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1, padding_mode=padding_mode))
         self.skip = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
         nn.init.zeros_(self.out_layers[1].weight)
         nn.init.zeros_(self.out_layers[1].bias)
@@ -144,7 +146,8 @@ class TinyUNet(nn.Module):
 
     The first and the last layers see pixels (32x32), not latents. A network whose last layer has weights of
     its own for each of a latent's four sub-pixels paints a faint pattern of period two on flat backgrounds.
-    Here all pixels share their weights.
+    Here all pixels share their weights. The convolutions at full resolution repeat the image's edge instead of
+    padding with zeros, which would be a contour and leave noise in the outermost pixels.
 
     Two additions help so shallow a network when its input is pure noise, as in one-step sampling: learned
     position embeddings give every location a different input, and a map computed from the pooled caption
@@ -154,7 +157,7 @@ class TinyUNet(nn.Module):
         super().__init__()
         self.time_embed = nn.Sequential(nn.Linear(128, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.text_embed = nn.Linear(context_dim, emb_dim)
-        self.conv_in = nn.Conv2d(3, pixel_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, pixel_channels, 3, padding=1, padding_mode="replicate")
         self.downsample_pixels = nn.Conv2d(pixel_channels, base_channels, 4, stride=2, padding=1)
         self.pos_embed = nn.Parameter(torch.randn(base_channels, 16, 16) * .2)
         self.mid_pos_embed = nn.Parameter(torch.randn(mid_channels, 8, 8) * .2)
@@ -168,8 +171,8 @@ class TinyUNet(nn.Module):
         self.up_block = ResBlock(base_channels, base_channels, emb_dim)
         self.to_pixels = nn.Conv2d(base_channels, pixel_channels, 1)
         self.pixel_emb_proj = nn.Linear(emb_dim, 2 * pixel_channels)
-        self.pixel_block = ResBlock(pixel_channels, pixel_channels, emb_dim)
-        self.conv_out = nn.Conv2d(pixel_channels, 3, 3, padding=1)
+        self.pixel_block = ResBlock(pixel_channels, pixel_channels, emb_dim, padding_mode="replicate")
+        self.conv_out = nn.Conv2d(pixel_channels, 3, 3, padding=1, padding_mode="replicate")
         self.to(memory_format=torch.channels_last)  # convolutions are faster so on a CPU
 
     def embed(self, t_input, pooled):
