@@ -88,7 +88,8 @@ def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_p
     has_vocab = isinstance(vocab, list) and all(isinstance(word, str) for word in vocab)
     if "prediction_type" not in metadata or not has_vocab:
         raise ValueError(f"{path} is not a tiny denoiser: its header has no 'vocab' or no 'prediction_type'")
-    model = load_state_dict_strict(TinyDenoiser(vocab, metadata["prediction_type"]), state, path)
+    model = TinyDenoiser(vocab, metadata["prediction_type"], metadata.get("image_channels", 3))
+    model = load_state_dict_strict(model, state, path)
     model.requires_grad_(False)
     model.network.requires_grad_(True)
     model.metadata = metadata

@@ -141,23 +141,24 @@ class ResBlock(nn.Module):
 
 
 class TinyUNet(nn.Module):
-    """(B, 12, 16, 16) -> the same shape. Three levels: 24 channels at 32x32, 64 at 16x16, 160 at 8x8, the
-    last with transformer blocks that attend to the caption's tokens.
+    """(B, 4 C, 16, 16) -> the same shape, for images of C colour channels. Levels: 24 channels at 32x32,
+    64 at 16x16, 160 at 8x8, the last with transformer blocks that attend to the caption's tokens.
 
     The first and the last layers see pixels (32x32), not latents. A network whose last layer has weights of
     its own for each of a latent's four sub-pixels paints a faint pattern of period two on flat backgrounds.
-    Here all pixels share their weights. The convolutions at full resolution repeat the image's edge instead of
-    padding with zeros, which would be a contour and leave noise in the outermost pixels.
+    Here all pixels share their weights. The convolutions at full resolution repeat the image's edge. Zeros
+    around it would be a contour and leave noise in the outermost pixels.
 
     Two additions help so shallow a network when its input is pure noise, as in one-step sampling: learned
     position embeddings give every location a different input, and a map computed from the pooled caption
     gives a first layout."""
 
-    def __init__(self, pixel_channels=24, base_channels=64, mid_channels=160, context_dim=128, emb_dim=256):
+    def __init__(self, image_channels=3, pixel_channels=24, base_channels=64, mid_channels=160,
+                 context_dim=128, emb_dim=256):
         super().__init__()
         self.time_embed = nn.Sequential(nn.Linear(128, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.text_embed = nn.Linear(context_dim, emb_dim)
-        self.conv_in = nn.Conv2d(3, pixel_channels, 3, padding=1, padding_mode="replicate")
+        self.conv_in = nn.Conv2d(image_channels, pixel_channels, 3, padding=1, padding_mode="replicate")
         self.downsample_pixels = nn.Conv2d(pixel_channels, base_channels, 4, stride=2, padding=1)
         self.pos_embed = nn.Parameter(torch.randn(base_channels, 16, 16) * .2)
         self.mid_pos_embed = nn.Parameter(torch.randn(mid_channels, 8, 8) * .2)
@@ -172,7 +173,7 @@ class TinyUNet(nn.Module):
         self.to_pixels = nn.Conv2d(base_channels, pixel_channels, 1)
         self.pixel_emb_proj = nn.Linear(emb_dim, 2 * pixel_channels)
         self.pixel_block = ResBlock(pixel_channels, pixel_channels, emb_dim, padding_mode="replicate")
-        self.conv_out = nn.Conv2d(pixel_channels, 3, 3, padding=1, padding_mode="replicate")
+        self.conv_out = nn.Conv2d(pixel_channels, image_channels, 3, padding=1, padding_mode="replicate")
         self.to(memory_format=torch.channels_last)  # convolutions are faster so on a CPU
 
     def embed(self, t_input, pooled):
@@ -183,9 +184,9 @@ class TinyUNet(nn.Module):
         return F.silu(self.time_embed(sinusoids) + self.text_embed(pooled))
 
     def forward(self, x, t_input, text, mask, pooled):
-        """x (B, 12, 16, 16), t_input (B,) in 0..1, text (B, L, C), mask (B, L), pooled (B, C)."""
+        """x (B, 4 C, 16, 16), t_input (B,) in 0..1, text (B, L, C), mask (B, L), pooled (B, C)."""
         emb = self.embed(t_input, pooled)
-        x = F.pixel_shuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B, 3, 32, 32)
+        x = F.pixel_shuffle(x, 2).contiguous(memory_format=torch.channels_last)  # (B, C, 32, 32)
         pixel_skip = self.conv_in(x)  # (B, 24, 32, 32)
         x = self.downsample_pixels(pixel_skip) + self.pos_embed  # (B, 64, 16, 16)
         x = self.down_block(x, emb)
@@ -220,11 +221,12 @@ class TinyDenoiser(Denoiser):
     them. Fifty sampling steps correct the error of that; a single step does not."""
 
     resolution = 32
-    latent_shape = 12, 16, 16
 
-    def __init__(self, vocab, prediction_type="flow", sigma_data=.8):
-        """vocab: all words of the captions. sigma_data: root mean square of the elements of x0."""
+    def __init__(self, vocab, prediction_type="flow", image_channels=3, sigma_data=.8):
+        """vocab: all words of the captions. image_channels: 1 for grey images, which cannot get colour noise.
+        sigma_data: root mean square of the elements of x0."""
         super().__init__(prediction_type, *noise_schedule(prediction_type))
+        self.image_channels, self.latent_shape = image_channels, (4 * image_channels, 16, 16)
         t = torch.arange(self.T)
         alpha, sigma = (table.flatten() for table in self.alpha_sigma(t))
         a, b = (table.flatten() for table in self.target_coefficients(t))
@@ -237,14 +239,15 @@ class TinyDenoiser(Denoiser):
         self.register_buffer("x_t_std", variance.sqrt(), persistent=False)  # 1 / c_in
         self.vocab = list(vocab)
         self.text_encoder = TinyTextEncoder(self.vocab)
-        self.network = TinyUNet()
+        self.network = TinyUNet(image_channels)
 
     def reset_parameters(self):
-        self.network = TinyUNet()
+        self.network = TinyUNet(self.image_channels)
 
     def save_pretrained(self, run_dir, sampling_configs, **metadata):
         save_weights(self, run_dir / "denoiser.safetensors", vocab=self.vocab,
-                     prediction_type=self.prediction_type, sampling_configs=sampling_configs, **metadata)
+                     prediction_type=self.prediction_type, image_channels=self.image_channels,
+                     sampling_configs=sampling_configs, **metadata)
 
     def forward_network(self, x, t_input, cond):
         t = t_input * self.T - 1
@@ -254,10 +257,12 @@ class TinyDenoiser(Denoiser):
                                                  cond["pooled"])
 
     def encode(self, image):
-        return F.pixel_unshuffle(image, 2)  # (B, 12, 16, 16)
+        if self.image_channels == 1:
+            image = image.mean(1, keepdim=True)
+        return F.pixel_unshuffle(image, 2)  # (B, 4 C, 16, 16)
 
     def decode(self, z):
-        return F.pixel_shuffle(z, 2)
+        return F.pixel_shuffle(z, 2).expand(-1, 3, -1, -1)
 
     def encode_prompts(self, captions, micro_cond=None):
         return self.text_encoder(captions)

@@ -123,8 +123,15 @@ def build_network(name, dataset, prediction_type):
         return TinyViT(classes), vit_loss, {"attributes": classes}
     if name == "cnn":
         return TinyCNN(classes), cnn_loss, {"attributes": classes}
-    metadata = {"vocab": dataset.vocab, "prediction_type": prediction_type}
-    return TinyDenoiser(dataset.vocab, prediction_type), denoiser_loss, metadata
+    metadata = {"vocab": dataset.vocab, "prediction_type": prediction_type,
+                "image_channels": 1 if is_grey(dataset) else 3}
+    return TinyDenoiser(**metadata), denoiser_loss, metadata
+
+
+def is_grey(dataset, n=256):
+    """Whether images of the data set, n random ones, have three equal colour channels."""
+    image = dataset.sample_batch(n, torch.Generator().manual_seed(0)).image
+    return bool((image == image[:, :1]).all())
 
 
 # ---------------------------------------------------------------------------------------------- the loop
