@@ -142,23 +142,24 @@ for model_name in ("sd15", "sdxl", "sd3", "sd35", "sd35-large"):
 
 
 def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
-    """Simulate inference: noise x0 (B, C, h, w) to a timestep drawn uniformly from the path, or start from
+    """Simulate inference: noise each x0 (B, C, h, w) to a timestep of the path, drawn uniformly, or start from
     noise, and run the sampler to the end -> x0_hat (B, C, h, w), with the truncated gradient.
 
-    generator: draws the start and the K steps. It is the same for all micro-batches, so one start holds for
-    the whole batch and every process calls the network equally often."""
+    generator: draws starts and K steps. It is the same for all micro-batches, so that every process calls the
+    network equally often. The K steps are spread over the steps of the image that starts first."""
     timesteps = config.timesteps(model.T)
-    if config.rollout_start == "image":
-        start_index = int(torch.randint(len(timesteps), (), generator=generator))
-        timesteps = timesteps[start_index:]                            # ADT start: t_s uniform over the path
     eps = torch.randn_like(x0)
+    starts = torch.zeros(len(x0), dtype=torch.long)
     x = eps
     if config.rollout_start == "image":
-        x = model.add_noise(x0, timesteps[:1].to(x0.device), eps)
-    grad_steps = sampler.select_grad_steps(len(timesteps), config.num_grad_steps, config.grad_step_selection,
-                                           generator)
-    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale, grad_steps,
-                           config.input_grad_scale, config.checkpoint_rollout)
+        starts = sampler.stratified_starts(len(timesteps), len(x0), generator)
+        x = model.add_noise(x0, timesteps[starts].to(x0.device), eps)  # ADT start: t_s uniform over the path
+    first = int(starts[0])
+    grad_steps = sampler.select_grad_steps(len(timesteps) - first, config.num_grad_steps,
+                                           config.grad_step_selection, generator)
+    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale,
+                           {first + i for i in grad_steps}, config.input_grad_scale,
+                           config.checkpoint_rollout, starts=starts)
 
 
 def generator_loss(model, teacher, disc, batch, config):

@@ -50,12 +50,21 @@ def select_grad_steps(n, k, selection="strided", generator=None):
     raise ValueError(f"unknown selection of steps '{selection}': wanted strided, last, random or all")
 
 
+def stratified_starts(n, batch_size, generator=None):
+    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. Each position
+    is uniformly distributed; together they cover the path evenly, so every batch makes as many calls."""
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    return ((torch.arange(batch_size) + offset) * n / batch_size).long()
+
+
 def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_steps=(), input_grad_scale=0.0,
-            checkpointing=True, stochasticity=0.0, generator=None, callback=None):
+            checkpointing=True, stochasticity=0.0, generator=None, callback=None, starts=None):
     """Run the sampler from x at timesteps[0] to the clean latents x0 (B, C, h, w).
 
     x: (B, C, h, w) · cond, uncond: from model.encode_prompts
     timesteps: (n,) decreasing indices, or (n, B), a path for each sample
+    starts: (B,) ascending positions in timesteps (n,); image b joins the path there, from x[b]. None: all
+    images take all steps
     grad_steps: positions in timesteps whose network call keeps its graph; elsewhere its output is a constant
     input_grad_scale: gradient let through the network's input; 0 is ADT's rule; 1, with all steps in
     grad_steps, is plain backpropagation
@@ -65,26 +74,31 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     callback(i, x0): called after every step with the current prediction."""
     if not 0 <= stochasticity <= 1:
         raise ValueError(f"stochasticity is a fraction from 0 to 1, not {stochasticity}")
+    starts = torch.zeros(len(x), dtype=torch.long) if starts is None else starts
     for i, t in enumerate(timesteps):
-        t = t.to(x.device).expand(len(x))
+        num_active = int((starts <= i).sum())                          # the first images of the batch
+        if num_active == 0:
+            continue
+        x_t = x[:num_active]
+        t = t.to(x.device).expand(num_active)
         t_next = timesteps[i + 1:i + 2].to(x.device) if i + 1 < len(timesteps) else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and i in grad_steps):
             if input_grad_scale == 0:
-                x_in = x.detach()                                      # ADT constraint: sg[x_t]
+                x_in = x_t.detach()                                    # ADT constraint: sg[x_t]
             else:
-                x_in = x.detach() + input_grad_scale * (x - x.detach())
+                x_in = x_t.detach() + input_grad_scale * (x_t - x_t.detach())
             predict = model.predict_recomputed if checkpointing else model.predict
             with model.precision_for(t, t_next, stochasticity):
-                y = predict(x_in, t, cond, uncond, guidance_scale)
-        x0, eps = model.to_x0_eps(x, y, t)                             # linear in x: here x keeps its graph
+                y = predict(x_in, t, {k: v[:num_active] for k, v in cond.items()}, uncond, guidance_scale)
+        x0, eps = model.to_x0_eps(x_t, y, t)                           # linear in x_t: here it keeps its graph
         if callback is not None:
             callback(i, x0)
         if t_next is not None:
             if stochasticity:
-                noise = torch.randn(x.shape, generator=generator).to(x.device)
+                noise = torch.randn(x_t.shape, generator=generator).to(x.device)
                 eps = (1 - stochasticity ** 2) ** .5 * eps + stochasticity * noise
             alpha, sigma = model.alpha_sigma(t_next)
-            x = alpha * x0 + sigma * eps                               # ADT path: DDIM and Euler in one line
+            x = torch.cat([alpha * x0 + sigma * eps, x[num_active:]])  # ADT path: DDIM and Euler in one line
     return x0
 
 

@@ -167,14 +167,15 @@ def test_the_relativistic_gradient_is_the_difference_of_features_where_the_hinge
 # ------------------------------------------------------------------------------------------------- the path
 
 def record_rollouts(monkeypatch):
-    """-> a list that receives (x, timesteps) of every rollout. The other arguments are checked."""
+    """-> a list that receives (x, timesteps, starts) of every rollout. The other arguments are checked."""
     recorded = []
 
     def record(model, x, timesteps, cond, uncond, guidance_scale, grad_steps, input_grad_scale,
-               checkpointing):
-        recorded.append((x, timesteps))
-        assert len(grad_steps) == min(3, len(timesteps))
-        assert grad_steps <= set(range(len(timesteps)))
+               checkpointing, starts):
+        recorded.append((x, timesteps, starts))
+        first = int(starts[0])
+        assert len(grad_steps) == min(3, len(timesteps) - first)
+        assert grad_steps <= set(range(first, len(timesteps)))
         assert (guidance_scale, input_grad_scale, checkpointing) == (2., .3, True)
         return x
 
@@ -183,27 +184,28 @@ def record_rollouts(monkeypatch):
 
 
 @pytest.mark.equation("ADT start")
-def test_paths_start_at_a_uniform_timestep_of_the_noised_image_or_at_pure_noise(toy, monkeypatch):
-    """rollout_start=image: the first timestep is uniform over the path's, the input is alpha x0 + sigma eps
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_paths_start_at_a_uniform_timestep_of_the_noised_image_or_at_pure_noise(toy, monkeypatch, batch_size):
+    """rollout_start=image: each start is uniform over the path's timesteps, the input is alpha x0 + sigma eps
     of the real image. noise: the whole path, and nothing of the image in its input."""
     model, recorded = toy(), record_rollouts(monkeypatch)
     Config = partial(adt.Config, num_inference_steps=5, num_grad_steps=3, guidance_scale=2.,
                      input_grad_scale=.3, checkpoint_rollout=True)
-    x0 = torch.full((1, 2, 64, 64), 3., dtype=torch.float64)
-    cond = model.encode_prompts(["a"])
-    for _ in range(400):
+    x0 = torch.full((batch_size, 2, 64, 64), 3., dtype=torch.float64)
+    cond = model.encode_prompts(["a"] * batch_size)
+    for _ in range(400 // batch_size):
         adt.rollout_from_batch(model, x0, cond, cond, Config(rollout_start="image"))
-    counts = torch.bincount(torch.tensor([len(timesteps) for _, timesteps in recorded]), minlength=6)[1:]
+    counts = torch.bincount(torch.cat([starts for _, _, starts in recorded]), minlength=5)
     assert counts.min() > 50 and counts.max() < 115                    # expected: 80 +- 5 standard deviations
-    for x, timesteps in recorded[:40]:
-        assert timesteps.tolist() == [999, 799, 599, 399, 199][-len(timesteps):]
-        alpha, sigma = model.alpha_sigma(timesteps[:1])
-        assert abs(x.mean() - 3 * alpha) < 6 * sigma / 64 / 2 ** .5 + 1e-9
-        assert abs(x.std() - sigma) < .05
+    for x, timesteps, starts in recorded[:40 // batch_size]:
+        assert timesteps.tolist() == [999, 799, 599, 399, 199]
+        alpha, sigma = (table.flatten() for table in model.alpha_sigma(timesteps[starts]))
+        assert ((x.mean((1, 2, 3)) - 3 * alpha).abs() < 6 * sigma / 64 / 2 ** .5 + 1e-9).all()
+        assert ((x.std((1, 2, 3)) - sigma).abs() < .05).all()
     recorded.clear()
     for _ in range(10):
         adt.rollout_from_batch(model, x0, cond, cond, Config(rollout_start="noise"))
-    assert all(len(timesteps) == 5 and abs(x.mean()) < .08 for x, timesteps in recorded)
+    assert all(starts.max() == 0 and abs(x.mean()) < .08 for x, _, starts in recorded)
 
 
 @pytest.mark.equation("ADT start")

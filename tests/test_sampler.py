@@ -54,6 +54,55 @@ def test_rollout_equals_flow_match_euler_on_its_own_sigmas(shift):
     torch.testing.assert_close(x0, x.double(), rtol=0, atol=2e-5)
 
 
+# ----------------------------------------------------------------------------------------- starts on the path
+
+@pytest.mark.equation("ADT start")
+def test_an_image_that_joins_the_path_later_is_sampled_as_if_alone(toy):
+    """Each image from its own start, with its own caption, against a path that begins there."""
+    model, x, starts = toy(), randn(4, 2, 4, 4), torch.tensor([1, 1, 4, 5])
+    timesteps, cond = sampler.make_timesteps(1000, 6), model.encode_prompts(["a", "bcd", "", "ef"])
+    uncond = model.encode_prompts([""])
+    x0 = sampler.rollout(model, x, timesteps, cond, uncond, 2., starts=starts)
+    for b, start in enumerate(starts):
+        own_cond = {key: value[b:b + 1] for key, value in cond.items()}
+        alone = sampler.rollout(model, x[b:b + 1], timesteps[start:], own_cond, uncond, 2.)
+        torch.testing.assert_close(x0[b:b + 1], alone, rtol=0, atol=1e-12)
+
+
+def test_steps_that_no_image_takes_do_not_call_the_network(toy):
+    model, starts = toy(), torch.tensor([2, 3, 3])
+    sampler.rollout(model, randn(3, 2, 4, 4), sampler.make_timesteps(1000, 5),
+                    model.encode_prompts(["a"] * 3), starts=starts, grad_steps={3}, checkpointing=False)
+    assert [len(x) for x, _, _ in model.calls] == [1, 3, 3]
+    assert [has_graph for _, _, has_graph in model.calls] == [False, True, False]
+
+
+def test_the_gradient_of_an_image_is_that_of_its_own_path(toy):
+    model, x, starts = toy(), randn(2, 2, 4, 4), torch.tensor([0, 2])
+    timesteps, cond = sampler.make_timesteps(1000, 5), model.encode_prompts(["a", "bc"])
+    for input_grad_scale in (0., .5):
+        x0 = sampler.rollout(model, x, timesteps, cond, starts=starts, grad_steps={1, 3},
+                             input_grad_scale=input_grad_scale, checkpointing=False)
+        together = torch.autograd.grad(x0[1].sum(), model.network.weight)[0]
+        x0 = sampler.rollout(model, x[1:], timesteps[2:], {k: v[1:] for k, v in cond.items()}, grad_steps={1},
+                             input_grad_scale=input_grad_scale, checkpointing=False)
+        torch.testing.assert_close(together, torch.autograd.grad(x0.sum(), model.network.weight)[0])
+
+
+@pytest.mark.equation("ADT start")
+@pytest.mark.parametrize("n,batch_size", [(10, 32), (10, 4), (50, 4), (5, 1), (3, 3)])
+def test_stratified_starts_are_uniform_and_cover_the_path(n, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([sampler.stratified_starts(n, batch_size, generator) for _ in range(2000)])
+    assert draws.min() == 0 and draws.max() == n - 1
+    assert (draws.diff(dim=1) >= 0).all()
+    frequencies = torch.bincount(draws.flatten(), minlength=n) / draws.numel()
+    assert (frequencies - 1 / n).abs().max() < 5 * (1 / n / 2000) ** .5
+    expected = torch.arange(n + 1) * batch_size / n                    # images before position i, on average
+    for i in range(n + 1):
+        assert ((draws < i).sum(1) - expected[i]).abs().max() <= 1
+
+
 # --------------------------------------------------------------------------------------------- the gradient
 
 def closed_form_gradient(model, path, timesteps, grad_steps, direction, cond):
