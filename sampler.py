@@ -90,7 +90,7 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
             predict = model.predict_recomputed if checkpointing else model.predict
             with model.precision_for(t, t_next, stochasticity):
                 y = predict(x_in, t, {k: v[:num_active] for k, v in cond.items()}, uncond, guidance_scale)
-        x0, eps = model.to_x0_eps(x_t, y, t)                           # linear in x_t: here it keeps its graph
+        x0, eps = model.to_x0_eps(x_t, y, t)                           # linear in x_t, which keeps its graph
         if callback is not None:
             callback(i, x0)
         if t_next is not None:

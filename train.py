@@ -210,10 +210,12 @@ def run_training(args):
     is_main = distributed.get_rank() == 0
     captions = run_config["prompts"] or trainer.dataset.sample_batch(
         4 if trainer.model.is_large else 16, torch.Generator().manual_seed(7)).caption
-    metadata = {"data": trainer.dataset.name, **{k: run_config[k] for k in ("method", "overrides", "seed")}}
+    metadata = {k: run_config[k] for k in ("method", "recipe", "overrides", "seed")}
+    metadata["data"] = trainer.dataset.name
     with checkpoint.lock_run_dir(run_dir):
         sources = settings.provenance(METHODS[run_config["method"]], trainer.config, run_config["model"],
-                                      run_config["lora_rank"] > 0, run_config["world_size"])
+                                      run_config["lora_rank"] > 0, run_config["world_size"],
+                                      run_config["recipe"])
         checkpoint.create_run_dir(run_dir, run_config, sources, bool(args.resume))
         if is_main and trainer.model.is_large:
             print(preflight.describe_run(run_config, run_dir, trainer, METHODS[run_config["method"]]))
@@ -236,7 +238,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     with failures.clear_exit(parser, "train.py"):
         if cli.wants_settings_help(args, METHODS, MODELS):
-            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full))
+            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full,
+                                         args.recipe or "paper"))
             return
         with launch.process_group(args, configure, main, argv):
             run_training(args)

@@ -230,7 +230,7 @@ def fd_vs_minutes():
     for axes, dataset_name in zip(panels, ("fashion", "glyphs")):
         for method, row_label, config, colour in (
                 ("adt", "diffusion loss only", ", 10 steps", "base"),
-                ("adt", "ADT, default settings", ", 10 steps", "adt"),
+                ("adt", "ADT, tuned", ", 10 steps", "adt"),
                 ("add", "ADD student", ", 1 step", "add")):
             fds_by_minutes = {}
             for label, metrics in studies.get(f"{method}-{dataset_name}", []):

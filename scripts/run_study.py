@@ -38,6 +38,7 @@ class Experiment:
     method: str = "adt"
     steps: int | None = None                                           # default: the method's
     paper_value: str = ""
+    recipe: str = "tuned"
 
 
 @dataclass
@@ -60,18 +61,18 @@ EXTRA_CONFIGS = [(4, {}), (20, {}), (10, {"timestep_shift": 3.}), (10, {"stochas
 # distillation loss, so the variants of the distillation loss are compared with a higher weight.
 HIGH_LAMBDA = "lambda_distill=25"
 TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value) for label, overrides, paper_value in [
-    ("backbone: ViT (default)", [], "DINOv2-S 20.6 / .319"),
+    ("backbone: ViT (tuned)", [], "DINOv2-S 20.6 / .319"),
     ("backbone: CNN", ["backbone=cnn"], "CLIP-L 23.3 / .308"),
     ("backbone: random weights", ["backbone=random"], ""),
     ("conditioning: none", ["disc_conditioning=none"], "21.2 / .302"),
     ("conditioning: text", ["disc_conditioning=text"], "21.2 / .307"),
     ("conditioning: image", ["disc_conditioning=image"], "21.1 / .316"),
-    ("conditioning: text and image (default)", [], "20.6 / .319"),
+    ("conditioning: text and image (tuned)", [], "20.6 / .319"),
     ("student initialised at random", ["init=random"], "293.6 / .065"),
     ("adversarial loss only", ["lambda_distill=0"], "20.8 / .315"),
     ("distillation loss only", ["lambda_adv=0"], "315.6 / .076"),
-    ("adversarial and distillation loss (default)", [], "20.6 / .319"),
-    ("relativistic hinge (default)", [], ""),
+    ("adversarial and distillation loss (tuned)", [], "20.6 / .319"),
+    ("relativistic hinge (tuned)", [], ""),
     ("hinge of each image (paper)", ["relativistic=false"], "20.6 / .319"),
     ("λ = 25: exponential, L2", [HIGH_LAMBDA], "20.6 / .319"),
     ("λ = 25: SDS", [HIGH_LAMBDA, "distill_weighting=sds"], "22.3 / .325"),
@@ -83,16 +84,18 @@ TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value) for label, over
 
 STUDIES = {
     "adt": Study([
-        Experiment("diffusion loss only, 2,050 training steps", method="diffusion", steps=2050),
-        Experiment("similarity of features, image-to-image start",
+        Experiment("diffusion loss only, 2,050 training steps", method="diffusion", steps=2050,
+                   recipe="paper"),
+        Experiment("ADT, as published", recipe="paper"),
+        Experiment("tuned, but similarity of features and image-to-image start",
                    ["discriminator=similarity", "rollout_start=image"]),
-        Experiment("unpaired discriminator", ["discriminator=projected"]),
-        Experiment("ADT, default settings"),
-        Experiment("ADT, default settings, 900 training steps", steps=900)],
+        Experiment("tuned, but unpaired discriminator", ["discriminator=projected"]),
+        Experiment("ADT, tuned"),
+        Experiment("ADT, tuned, 900 training steps", steps=900)],
         base_configs=[*TEN_STEPS, *EXTRA_CONFIGS, (50, {}), (50, {"guidance_scale": 2.})],
         run_configs=TEN_STEPS, extra_configs=EXTRA_CONFIGS, seeds=3),
     "adt-ablations": Study([
-        Experiment("ADT, default settings"),
+        Experiment("ADT, tuned"),
         Experiment("no diffusion loss", ["lambda_diff=0"]),
         Experiment("unpaired discriminator", ["discriminator=projected"]),
         Experiment("similarity discriminator", ["discriminator=similarity"]),
@@ -105,8 +108,10 @@ STUDIES = {
         Experiment("no augmentation", ["augment_strength=0"])],
         base_configs=TEN_STEPS, run_configs=TEN_STEPS),
     "add": Study([
-        Experiment("ADD student, default settings", method="add"),
-        Experiment("ADD student, trained for longer", ["lr=5e-5", "pure_noise_prob=.75"], "add", 4000)],
+        Experiment("ADD student, as published", method="add", recipe="paper"),
+        Experiment("ADD student, tuned", method="add"),
+        Experiment("ADD student, tuned, trained for longer", ["lr=5e-5", "pure_noise_prob=.75"], "add",
+                   4000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
@@ -122,8 +127,8 @@ def train_or_load(experiment, data_name, seed, steps, run_dir):
         if (run_dir / "checkpoint.pt").is_file():
             cli_args += ["--resume", str(run_dir)]
         else:
-            cli_args += ["--method", experiment.method, "--data", data_name, "--seed", str(seed),
-                         "--output-dir", str(run_dir), "--overwrite"]
+            cli_args += ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
+                         "--seed", str(seed), "--output-dir", str(run_dir), "--overwrite"]
             for override in experiment.overrides:
                 cli_args += ["--set", override]
         train.main(cli_args)
@@ -166,12 +171,15 @@ def cached_metrics(path, evaluator, configs, load_fn):
 
 def run_name(experiment, dataset_name, steps, seed):
     """Name of a run's folder and of its file of metrics."""
-    return "-".join([experiment.method, dataset_name, *experiment.overrides, f"{steps}steps", f"seed{seed}"])
+    recipe = ["tuned"] if experiment.recipe == "tuned" else []
+    return "-".join([experiment.method, *recipe, dataset_name, *experiment.overrides, f"{steps}steps",
+                     f"seed{seed}"])
 
 
 def own_configs(experiment):
     """The sampling configs that the experiment's method measures after training."""
-    config = train_config.build_config(train.METHODS[experiment.method], experiment.overrides)
+    config = train_config.build_config(train.METHODS[experiment.method], experiment.overrides,
+                                       recipe=experiment.recipe)
     return [(num_steps, settings) for when, num_steps, settings in config.eval_sampling_configs()
             if when == "after"]
 
@@ -195,7 +203,7 @@ def collect_results(args, study, dataset, evaluator):
         if args.no_train:
             load_fn = None
         for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
-            recipe = (experiment.method, *experiment.overrides)
+            recipe = (experiment.method, experiment.recipe, *experiment.overrides)
             run_rows.append((experiment, label, metrics, recipe, steps))
             pace = metrics["minutes"] / steps
             minutes_per_step[recipe] = min(minutes_per_step.get(recipe, pace), pace)

@@ -95,7 +95,7 @@ def test_a_damaged_file_of_metrics_is_an_error_and_a_missing_config_is_left_out(
 def test_every_row_of_every_study_is_a_run_that_could_start():
     for study in run_study.STUDIES.values():
         for row in study.rows:
-            config.build_config(train.METHODS[row.method], row.overrides)
+            config.build_config(train.METHODS[row.method], row.overrides, recipe=row.recipe)
             assert row.label and (row.steps is None or row.steps > 0)
         assert len({row.label for row in study.rows}) == len(study.rows)
 

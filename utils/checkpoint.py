@@ -24,7 +24,7 @@ import torch
 from utils import distributed
 
 # config.json: the fields that say what to run, and their types
-RUN_CONFIG_TYPES = {"method": str, "model": str, "data": str, "pretrained": str | None,
+RUN_CONFIG_TYPES = {"method": str, "recipe": str, "model": str, "data": str, "pretrained": str | None,
                     "backbone": str | None, "vae": str | None, "resolution": int | None, "lora_rank": int,
                     "lora_targets": str,
                     "gradient_checkpointing": bool, "precision": str | None, "compile": bool, "fsdp": bool,
@@ -34,8 +34,8 @@ RUN_CONFIG_TYPES = {"method": str, "model": str, "data": str, "pretrained": str 
                     "random_crop": bool, "save_every": float | int | None, "aspect_buckets": bool,
                     "cache_latents": bool}
 # of fields that older runs do not have
-RUN_CONFIG_DEFAULTS = {"pretrained": None, "backbone": None, "vae": None, "resolution": None, "lora_rank": 0,
-                       "lora_targets": "attention",
+RUN_CONFIG_DEFAULTS = {"recipe": "paper", "pretrained": None, "backbone": None, "vae": None,
+                       "resolution": None, "lora_rank": 0, "lora_targets": "attention",
                        "gradient_checkpointing": False, "precision": None, "compile": False, "fsdp": False,
                        "on_nan": "stop", "world_size": 1, "batch_parts": 1, "prompts": [], "eval_every": 50,
                        "keep_checkpoints": 0, "report_to": None, "push_to_hub": None,

@@ -25,6 +25,8 @@ def make_parser(description, methods, models):
                         for name, method in methods.items())
     parser.add_argument("--method", help=f"{', '.join(methods)} (default: the first)")
     parser.add_argument("--model", help=f"{', '.join(models)} (default: tiny)")
+    parser.add_argument("--recipe", help="paper: the method as published (default); tuned: with the changes "
+                        "that gave better images here")
     parser.add_argument("--data", help="glyphs (default), fashion, a folder of captioned images, a data "
                         "set's hub id (OWNER/NAME or OWNER/NAME@SPLIT), or WebDataset shards "
                         "('shards/{000..012}.tar') (default of Stable Diffusion: a small set from the hub)")
@@ -136,11 +138,14 @@ def resume_command(run_dir, world_size):
 
 
 def default_run_dir(run_config):
-    """runs/METHOD-MODEL-DATA-SETTINGS-SEED with what a file name can hold; -full: no LoRA."""
-    parts = [run_config["method"], *{run_config["model"]} - {"tiny"}, Path(run_config["data"]).resolve().name,
-             *run_config["overrides"], f"seed{run_config['seed']}"]
-    if run_config["model"] != "tiny" and not run_config["lora_rank"]:
-        parts.insert(2, "full")
+    """runs/METHOD-RECIPE-MODEL-DATA-SETTINGS-SEED with what a file name can hold; -full: no LoRA."""
+    parts = [run_config["method"]]
+    if run_config["recipe"] != "paper":
+        parts.append(run_config["recipe"])
+    if run_config["model"] != "tiny":
+        parts.append(run_config["model"])
+        parts += [] if run_config["lora_rank"] else ["full"]
+    parts += [Path(run_config["data"]).resolve().name, *run_config["overrides"], f"seed{run_config['seed']}"]
     name = "-".join(re.sub(r"[^\w.=+-]+", "_", part)[:60] for part in parts)
     return Path("runs") / name[:200]
 
@@ -182,6 +187,8 @@ def check_options(args, methods, models):
     """ValueError for options of a new run that are wrong or exclude each other."""
     if args.method not in (None, *methods):
         raise ValueError(f"unknown method '{args.method}': wanted {', '.join(methods)}")
+    if args.recipe not in (None, "paper", "tuned"):
+        raise ValueError(f"unknown recipe '{args.recipe}': wanted paper or tuned")
     if args.model not in (None, *models):
         raise ValueError(f"unknown model '{args.model}': wanted {', '.join(models)}")
     for name in ("lora_rank", "lora_targets", "gradient_checkpointing", "full", "vae"):
@@ -225,9 +232,9 @@ def new_run_config(args, methods, models, default_data):
         data, steps, eval_every = default_data_tiny, method.default_steps, EVAL_EVERY
     checkpointing = args.gradient_checkpointing
     run_config = {
-        "method": method_name, "model": model_name, "data": args.data or data,
-        "pretrained": args.pretrained, "backbone": args.backbone, "vae": args.vae,
-        "resolution": args.resolution,
+        "method": method_name, "recipe": args.recipe or "paper", "model": model_name,
+        "data": args.data or data, "pretrained": args.pretrained, "backbone": args.backbone,
+        "vae": args.vae, "resolution": args.resolution,
         "random_flip": bool(args.random_flip), "random_crop": bool(args.random_crop),
         "aspect_buckets": bool(args.aspect_buckets), "cache_latents": bool(args.cache_latents),
         "lora_rank": initial_lora(args, "lora_rank", method) if is_large and not args.full else 0,

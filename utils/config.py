@@ -2,7 +2,9 @@
 
 A setting is one line in a dataclass: its type or choices, its provenance (paper; secondary: public code and
 summaries; ours), its meaning and its default. TrainConfig and DiscriminatorConfig hold what all methods
-share; each method's Config inherits both. `python train.py --set help` prints them.
+share; each method's Config inherits both. The defaults are the papers' methods. A recipe (--recipe, RECIPES
+of the method), then the preset of the model, then --set replace them. `python train.py --set help` prints
+them.
 Read next: utils/cli.py
 """
 
@@ -60,9 +62,9 @@ class DiscriminatorConfig:
 
     backbone: Annotated[Literal["vit", "cnn", "random"],
                         "paper: frozen features; vit is DINOv2 for large models"] = "vit"
-    whiten_features: Annotated[bool, "ours: equal variance of the features in all directions"] = True
-    augment_strength: Annotated[float, "ours: differentiable augmentation, 0 to 1"] = 0.1
-    instance_noise: Annotated[float, "ours: std of noise on the discriminator's images"] = 0.05
+    whiten_features: Annotated[bool, "ours: equal variance of the features in all directions"] = False
+    augment_strength: Annotated[float, "secondary: differentiable augmentation, 0 to 1"] = 1.0
+    instance_noise: Annotated[float, "ours: std of noise on the discriminator's images"] = 0.0
 
 
 def require_positive(config, *names):
@@ -119,16 +121,19 @@ def parse_value(kind, text):
     return number
 
 
-def preset_of(method, model_name="tiny", is_lora=False):
-    """Where a method (Method) on a model differs from the Config's defaults -> {setting: (value, source)}."""
+def preset_of(method, model_name="tiny", is_lora=False, recipe="paper"):
+    """Where a method (Method) on a model differs from the Config's defaults: the recipe, then the model's
+    preset -> {setting: (value, source)}."""
     tuning = "lora" if is_lora else "full"
-    return {**method.presets.get(model_name, {}), **method.presets.get(f"{model_name} {tuning}", {}),
+    recipe_settings = {name: (value, "ours") for name, value in method.module.RECIPES[recipe].items()}
+    return {**recipe_settings, **method.presets.get(model_name, {}),
+            **method.presets.get(f"{model_name} {tuning}", {}),
             **{name: (value, "ours") for name, value in method.fixed.items()}}
 
 
-def preset_values(method, model_name, is_lora, world_size):
-    """{setting: value} of the preset. Its batch is divided among the processes."""
-    values = {name: value for name, (value, _) in preset_of(method, model_name, is_lora).items()}
+def preset_values(method, model_name, is_lora, world_size, recipe):
+    """{setting: value} of recipe and preset. Its batch is divided among the processes."""
+    values = {name: value for name, (value, _) in preset_of(method, model_name, is_lora, recipe).items()}
     return divide_batch(values, world_size)
 
 
@@ -161,10 +166,10 @@ def batch_note(method, config, model_name, is_lora, world_size):
     return note
 
 
-def build_config(method, overrides, model_name="tiny", is_lora=False, world_size=1):
-    """The method's Config: defaults, preset, then ["key=value", ...]. ValueError with one sentence."""
+def build_config(method, overrides, model_name="tiny", is_lora=False, world_size=1, recipe="paper"):
+    """The method's Config: defaults, recipe, preset, ["key=value", ...]. ValueError with one sentence."""
     config_cls = method.module.Config
-    values = preset_values(method, model_name, is_lora, world_size)
+    values = preset_values(method, model_name, is_lora, world_size, recipe)
     kinds = typing.get_type_hints(config_cls)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -186,12 +191,12 @@ def as_overrides(settings):
             settings.items()]
 
 
-def provenance(method, config, model_name="tiny", is_lora=False, world_size=1):
-    """-> {setting: [value, "source: meaning"]} for config.json. A value of the preset has the preset's
-    source; a value that is neither the preset's nor the default is the `user`'s."""
+def provenance(method, config, model_name="tiny", is_lora=False, world_size=1, recipe="paper"):
+    """-> {setting: [value, "source: meaning"]} for config.json. A value of recipe or preset has its source
+    from there; a value that is neither theirs nor the default is the `user`'s."""
     hints = typing.get_type_hints(type(config), include_extras=True)
-    preset = preset_of(method, model_name, is_lora)
-    values = preset_values(method, model_name, is_lora, world_size)
+    preset = preset_of(method, model_name, is_lora, recipe)
+    values = preset_values(method, model_name, is_lora, world_size, recipe)
     notes = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -204,10 +209,11 @@ def provenance(method, config, model_name="tiny", is_lora=False, world_size=1):
     return notes
 
 
-def settings_help(method, model_name="tiny", is_lora=False):
-    """All settings of a method for a model, grouped by the class that declares them, as a table in text."""
-    config = build_config(method, [], model_name, is_lora)
-    notes = provenance(method, config, model_name, is_lora)
+def settings_help(method, model_name="tiny", is_lora=False, recipe="paper"):
+    """All settings of a method for a model and a recipe, grouped by the class that declares them, as a table
+    in text."""
+    config = build_config(method, [], model_name, is_lora, recipe=recipe)
+    notes = provenance(method, config, model_name, is_lora, recipe=recipe)
     lines = ["Settings, their values, where these come from, and what they mean. Change one with --set "
              "NAME=VALUE.", "paper: the paper states it; secondary: public code, summaries or related work; "
              "ours: neither.", "", help_row("name", "value", "source", "meaning")]

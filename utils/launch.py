@@ -57,7 +57,8 @@ def configure(args, methods, models, default_data):
     method = methods[run_config["method"]]
     saved = {k: v for k, v in run_config.pop("config", {}).items() if k not in method.fixed}
     config = settings.build_config(method, settings.as_overrides(saved) + run_config["overrides"],
-                                   run_config["model"], run_config["lora_rank"] > 0, run_config["world_size"])
+                                   run_config["model"], run_config["lora_rank"] > 0,
+                                   run_config["world_size"], run_config["recipe"])
     if not args.resume:
         run_config["batch_parts"] = batch_parts(config.gradient_accumulation_steps)
     return run_config, run_dir, config
