@@ -99,7 +99,7 @@ def test_the_hinge_wants_real_logits_high_and_fake_logits_low(add_setup, d_real,
 @pytest.mark.equation("ADD eq. 3")
 @pytest.mark.parametrize("d_real,d_fake,loss", [(1., 0., 0.), (7., 6., 0.), (-3., -3.5, 1.), (0., 2., 6.)])
 def test_the_relativistic_hinge_depends_on_the_difference_alone(add_setup, d_real, d_fake, loss):
-    assert fixed_logits_loss(add_setup, d_real, d_fake) == pytest.approx(
+    assert fixed_logits_loss(add_setup, d_real, d_fake, relativistic=True) == pytest.approx(
         (loss, d_real - d_fake, d_fake - d_real))
 
 
@@ -212,7 +212,7 @@ class RecordingDiscriminator(torch.nn.Module):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_logits_depend_on_what_the_discriminator_is_conditioned_on(add_setup, conditioning):
     model, _, disc, batch = add_setup
-    config = add.Config(disc_conditioning=conditioning)
+    config = add.Config(disc_conditioning=conditioning, disc_time_conditioning=True)
     torch.manual_seed(0)
     disc = config.build_discriminator(disc.backbone, 128).eval()
     cond, hide_none = model.encode_prompts(batch.caption), torch.zeros(4, dtype=torch.bool)
@@ -241,7 +241,7 @@ def test_logits_depend_on_what_the_discriminator_is_conditioned_on(add_setup, co
 def test_the_image_embedding_is_hidden_where_the_student_saw_no_image(add_setup, conditioning):
     """There c_img is zero. Real and fake images get the same c, so its presence tells nothing."""
     model, _, disc, batch = add_setup
-    config = add.Config(disc_conditioning=conditioning, r1_gamma=0.)
+    config = add.Config(disc_conditioning=conditioning, disc_time_conditioning=True, r1_gamma=0.)
     disc = config.build_discriminator(disc.backbone, 128)
     hide_image, step_index = torch.tensor([True, False, True, False]), torch.tensor([0, 1, 0, 2])
     disc_cond = add.discriminator_condition(disc, batch, model.encode_prompts(batch.caption), step_index,
@@ -278,7 +278,7 @@ def test_all_networks_receive_the_caption_of_each_image(add_setup, monkeypatch, 
     assert len(teacher_conds) == 1
     for cond in (*student_conds, *teacher_conds):
         torch.testing.assert_close(cond, text)
-    text_part, image_part = recorder.conds[0][:, :128], recorder.conds[0][:, 128:-4]
+    text_part, image_part = recorder.conds[0][:, :128], recorder.conds[0][:, 128:]
     torch.testing.assert_close(text_part, F.layer_norm(text, text.shape[1:]))
     torch.testing.assert_close(image_part,
                                disc.backbone.global_embedding(batch.image) * (1 - backward_simulation_prob))

@@ -368,7 +368,8 @@ def test_network_and_discriminator_receive_the_caption_of_each_image(tiny_setup,
     """In the diffusion loss, on the path, and in the discriminator: row by row."""
     model, _, batch = tiny_setup
     recorded, disc = record_conditioning(monkeypatch, model), FixedLogits(0.)
-    config, text = adt.Config(num_inference_steps=3, caption_dropout=0.), model.encode_prompts(batch.caption)
+    text = model.encode_prompts(batch.caption)
+    config = adt.Config(num_inference_steps=3, caption_dropout=0., rollout_start="noise")
     _, inputs = adt.generator_loss(model, None, disc, batch, config)
     assert len(recorded) == 4 and len(disc.conds) == 1
     for cond in (*recorded, *disc.conds, inputs.cond):

@@ -26,16 +26,16 @@ SHARED = {"batch_size": 5, "gradient_accumulation_steps": 2, "lr": 1e-3, "lr_d":
           "augment_strength": .5, "instance_noise": .2, "warmup_steps_d": 1, "lr_schedule": "cosine",
           "lr_warmup_steps": 2}
 CHANGES = {
-    "adt": {**SHARED, "discriminator": "similarity", "lambda_adv": 1., "rollout_start": "image",
+    "adt": {**SHARED, "discriminator": "relativistic", "lambda_adv": 1., "rollout_start": "noise",
             "num_inference_steps": 5, "num_grad_steps": 3, "grad_step_selection": "last",
             "guidance_scale": 3., "input_grad_scale": .5, "checkpoint_rollout": True,
             "real_images": "vae_reconstruction", "lambda_diff": .5, "caption_dropout": .9,
             "timestep_sampling": "logit_normal"},
     "add": {**SHARED, "lambda_distill": 1., "lambda_adv": .5, "student_steps": 2, "r1_gamma": 1.,
-            "relativistic": False, "t_max": 1., "pure_noise_prob": .1, "backward_simulation_prob": 1.,
+            "relativistic": True, "t_max": 1., "pure_noise_prob": .1, "backward_simulation_prob": 1.,
             "distill_weighting": "sds", "distill_loss": "l1", "distill_space": "latent", "teacher_steps": 2,
             "teacher_guidance_scale": 3., "negative_prompt": "abc", "disc_conditioning": "text",
-            "disc_time_conditioning": False, "r1_batch_fraction": 1.}}
+            "disc_time_conditioning": True, "r1_batch_fraction": .25}}
 # settings in which the change is made, where they are not the defaults
 CONTEXT = {"adt": dict(batch_size=4, num_inference_steps=4, warmup_steps_d=0), "add": dict(batch_size=8)}
 CONTEXT_OF = {"negative_prompt": dict(distill_weighting="nfsd")}
@@ -128,7 +128,7 @@ def test_a_changed_setting_changes_the_training(method, name, reference):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_setup_reads_the_initialisation_and_the_backbone(method, base):
-    default = make_trainer("--method", method)
+    default = make_trainer("--method", method, "--recipe", "tuned")
     assert all(torch.equal(a, b) for a, b in zip(default.g_params, base.network.parameters()))
     assert not isinstance(default.disc.backbone.network, TinyCNN)
     assert not torch.equal(default.disc.backbone.feat_whiten0, torch.eye(32))

@@ -431,7 +431,7 @@ def test_a_run_folder_with_any_name_can_be_printed(tmp_path, monkeypatch):
 
 def test_run_folder_names_are_short_and_have_no_slashes():
     from utils.cli import default_run_dir
-    run_config = {"method": "add", "model": "tiny", "data": "glyphs", "seed": 0,
+    run_config = {"method": "add", "recipe": "paper", "model": "tiny", "data": "glyphs", "seed": 0,
                   "overrides": ["negative_prompt=a/b\\c " + "x" * 500]}
     name = str(default_run_dir(run_config).relative_to("runs"))
     assert "/" not in name
@@ -439,3 +439,5 @@ def test_run_folder_names_are_short_and_have_no_slashes():
     assert len(name) <= 200
     run_config["overrides"] = ["lr=5e-5"]
     assert default_run_dir(run_config).name == "add-glyphs-lr=5e-5-seed0"
+    run_config["recipe"] = "tuned"
+    assert default_run_dir(run_config).name == "add-tuned-glyphs-lr=5e-5-seed0"
