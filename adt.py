@@ -29,7 +29,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     has_teacher = False
     # the first ones to change
-    discriminator: Annotated[Literal["similarity", "asymmetric", "difference", "relativistic", "projected"],
+    discriminator: Annotated[Literal["similarity", "reference", "ordered", "difference", "relativistic",
+                                     "projected"],
                              "secondary: type of discriminator; the paper says siamese"] = "similarity"
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 = diffusion loss only"] = 0.2
     rollout_start: Annotated[Literal["image", "noise"],
@@ -92,7 +93,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         if self.discriminator in ("projected", "relativistic"):
             is_relativistic = self.discriminator == "relativistic"
             return discriminator.ProjectedDiscriminator(backbone, text_dim, is_relativistic)
-        return discriminator.SiameseDiscriminator(backbone, self.discriminator)
+        return discriminator.SiameseDiscriminator(backbone, self.discriminator, text_dim)
 
 
 # The default is "paper": the settings above. "tuned": a comparison of two logits instead of features, and
@@ -202,11 +203,13 @@ def discriminator_loss(disc, inputs, config):
     """-> {"d": loss}, logits_real, logits_fake; inputs: DiscriminatorInputs.
 
     The real pair is the real image twice, with the same geometry and independent colours and noise; the fake
-    pair is the real image and the generated one. With a relativistic discriminator the members of the real
-    pair are exchangeable: its hinge has a mean of at least 1 (Jensen) and acts only where the logits of two
-    views differ by more than 1; D learns from the fake pair."""
+    pair is the real image and the generated one. With an antisymmetric discriminator, D(x, y) = -D(y, x), the
+    real pair is the fake pair in the other order: D says which of the two images is the real one."""
     real, fake = inputs.real, inputs.fake.detach()
-    logits_real = disc(*augment_alike([real, real], config), inputs.cond)  # D(x0, x0')
+    if not disc.is_antisymmetric:
+        logits_real = disc(*augment_alike([real, real], config), inputs.cond)  # D(x0, x0')
     logits_fake = disc(*augment_alike([real, fake], config), inputs.cond)  # D(x0, sg[x0_hat])
+    if disc.is_antisymmetric:
+        logits_real = [-d for d in logits_fake]                        # D(sg[x0_hat], x0)
     loss = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)  # ADT L_D
     return {"d": loss}, logits_real, logits_fake

@@ -98,10 +98,10 @@ class FrozenBackbone(nn.Module):
         """(B, 3, H, W) -> the last CLS token (or mean token), layer-normalised (B, D)."""
         return F.layer_norm(self.network(image)[1][-1].float(), (self.embed_dim,))
 
-    def make_heads(self, channels, out_channels, spectral=False):
+    def make_heads(self, channels, out_channels):
         """One new Head per layer; maps finer than the coarsest are reduced to half their resolution."""
         min_side = min(h for _, h, _ in self.map_shapes)
-        return nn.ModuleList(Head(d, channels, out_channels, 2 if h > min_side else 1, spectral)
+        return nn.ModuleList(Head(d, channels, out_channels, 2 if h > min_side else 1)
                              for d, h, _ in self.map_shapes)
 
 
@@ -120,14 +120,14 @@ class Head(nn.Module):
     Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm as in
     StyleGAN-T; where a group norm follows, the scale of the weights cancels anyway."""
 
-    def __init__(self, in_channels, channels, out_channels, stride=1, spectral=False):
+    def __init__(self, in_channels, channels, out_channels, stride=1):
         super().__init__()
-        maybe_spectral_norm = partial(spectral_norm, n_power_iterations=2) if spectral else nn.Identity()
+        normalize = partial(spectral_norm, n_power_iterations=2)
         self.stride = stride
-        self.conv_in = maybe_spectral_norm(nn.Conv2d(in_channels, channels, 1))
-        self.conv = maybe_spectral_norm(nn.Conv2d(channels, channels, 3, stride, padding=1))
+        self.conv_in = normalize(nn.Conv2d(in_channels, channels, 1))
+        self.conv = normalize(nn.Conv2d(channels, channels, 3, stride, padding=1))
         self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
-        self.conv_out = maybe_spectral_norm(nn.Conv2d(channels, out_channels, 1))
+        self.conv_out = normalize(nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, x):
         x = F.leaky_relu(self.norms[0](self.conv_in(x)), .2)
@@ -136,93 +136,99 @@ class Head(nn.Module):
         return self.conv_out(x).flatten(2).transpose(1, 2).float()     # (B, N, out_channels), fp32 from here
 
 
+def make_cond_proj(backbone, cond_dim, channels):
+    """W of projection conditioning (Miyato and Koyama 2018), a linear map per layer, or none."""
+    maps = nn.ModuleList(nn.Linear(cond_dim, channels) for _ in backbone.layers if cond_dim)
+    for linear in maps:
+        nn.init.normal_(linear.bias)                                   # initially D hardly depends on c
+    return maps
+
+
+def project_condition(linear, cond):
+    """(B, C) -> W c (B, channels), in fp32. c gets length 8: if it is shorter, D needs hundreds of steps to
+    use it; if longer, W c changes too fast."""
+    cond = 8 * F.normalize(cond.float())
+    with torch.autocast(cond.device.type, enabled=False):
+        return linear(cond)
+
+
 # ------------------------------------------------------------------------------------------- discriminators
 
+SIAMESE_KINDS = "similarity", "reference", "ordered", "difference"
+
+
 class SiameseDiscriminator(nn.Module):
-    """ADT's discriminator: the same backbone and heads see both images, D(real, fake) -> one (B, N) per head.
+    """ADT's discriminator: the same backbone sees both images, D(real, fake) -> one (B, N) per layer.
 
-    The abstract names the siamese network and its frozen backbone; summaries add that the score is a
-    similarity. Which one is unknown, so there are three kinds:
-      similarity   scale * cos(h(x), h(y)) + bias       with learned scale and bias
-      asymmetric   <g(x), h(y)> / sqrt(channels)        other heads g for the real image (SimSiam-like)
-      difference   linear(|h(x) - h(y)|)                the classic siamese network
-    logit_reduction: none (a logit per token), layer (mean over a layer's tokens), global (mean over all
-    layers), token_mean (average the features of a layer first, then compare)."""
+    The abstract names the siamese network and its frozen backbone; summaries add small convolutional heads on
+    selected layers and a score that is the similarity of both images. Which similarity is unknown, so there
+    are four kinds; g, h: heads, W c: a linear map of the caption's embedding c (B, C):
+      similarity   scale * cos(h(x), h(y)) + bias                            with learned scale and bias
+      reference    <g(x) + W c, h(y)> / sqrt(channels)                       the real image is a condition
+      ordered      (<g(x) + W c, h(y)> - <g(y) + W c, h(x)>) / sqrt(channels)
+      difference   linear(|h(x) - h(y)|)                                     the classic siamese network
+    Where D only has to say whether two images are the same, the real image itself is what it wants from a
+    generator, which cannot know it; the generator's best answer is then the mean of what is possible. To the
+    ordered kind, D(x, y) = -D(y, x), both orders of a pair hold the same two images."""
 
-    def __init__(self, backbone, kind="similarity", logit_reduction="none", channels=64):
+    def __init__(self, backbone, kind="similarity", cond_dim=0, channels=64):
         super().__init__()
-        if kind not in ("similarity", "asymmetric", "difference"):
-            raise ValueError(f"unknown siamese discriminator '{kind}': wanted similarity, asymmetric or "
-                             "difference")
-        if logit_reduction not in ("none", "layer", "token_mean", "global"):
-            raise ValueError(f"unknown logit reduction '{logit_reduction}': wanted none, layer, token_mean "
-                             "or global")
-        self.backbone, self.kind, self.logit_reduction = backbone, kind, logit_reduction
+        if kind not in SIAMESE_KINDS:
+            raise ValueError(f"unknown siamese discriminator '{kind}': wanted {', '.join(SIAMESE_KINDS)}")
+        self.backbone, self.kind = backbone, kind
+        self.is_antisymmetric = kind == "ordered"
         self.heads = backbone.make_heads(channels, channels)
+        if kind in ("reference", "ordered"):
+            self.heads_real = backbone.make_heads(channels, channels)
+            self.cond_proj = make_cond_proj(backbone, cond_dim, channels)
         if kind == "similarity":
             self.scale = nn.Parameter(torch.tensor(4.))
             self.bias = nn.Parameter(torch.tensor(-2.))
-        if kind == "asymmetric":
-            self.heads_real = backbone.make_heads(channels, channels)
         if kind == "difference":
             self.diff_heads = nn.ModuleList(nn.Linear(channels, 1) for _ in backbone.layers)
 
-    def token_logits(self, i, x, y):
-        """Compare the features of layer i: (B, N, C), (B, N, C) -> (B, N)."""
+    def compare(self, i, x, y, disc_cond):
+        """Maps of layer i, (B, D, h, w) each -> logits (B, N)."""
+        h_x, h_y = self.heads[i](x), self.heads[i](y)                  # (B, N, channels)
         if self.kind == "similarity":
-            return self.scale * F.cosine_similarity(x, y, dim=-1, eps=1e-6) + self.bias  # ADT similarity
-        if self.kind == "asymmetric":
-            return (x * y).sum(-1) / x.shape[-1] ** .5
-        return self.diff_heads[i]((x - y).abs()).squeeze(-1).float()
+            return self.scale * F.cosine_similarity(h_x, h_y, dim=-1, eps=1e-6) + self.bias  # ADT similarity
+        if self.kind == "difference":
+            return self.diff_heads[i]((h_x - h_y).abs()).squeeze(-1).float()
+        w = project_condition(self.cond_proj[i], disc_cond)[:, None] if self.cond_proj else 0.
+        logits = ((self.heads_real[i](x) + w) * h_y).sum(-1)           # ADT similarity
+        if self.kind == "ordered":
+            logits = logits - ((self.heads_real[i](y) + w) * h_x).sum(-1)
+        return logits / h_y.shape[-1] ** .5
 
     def forward(self, real, fake, disc_cond=None):
-        """real, fake: (B, 3, H, W); disc_cond is not used -> logits, see logit_reduction."""
+        """real, fake: (B, 3, H, W); disc_cond (B, C) -> one (B, N) per layer."""
         with torch.no_grad():
-            features_real = self.backbone(real)                        # a constant: it needs no graph
-        features_fake = self.backbone(fake)
-        logits = []
-        for i, (x, y) in enumerate(zip(features_real, features_fake)):  # (B, D, h, w) each
-            heads_real = self.heads_real if self.kind == "asymmetric" else self.heads
-            x = heads_real[i](x)                                       # (B, N, C)
-            y = self.heads[i](y)
-            if self.logit_reduction == "token_mean":
-                x = x.mean(1, keepdim=True)
-                y = y.mean(1, keepdim=True)
-            d = self.token_logits(i, x, y)                             # (B, N)
-            if self.logit_reduction in ("layer", "global"):
-                d = d.mean(1, keepdim=True)
-            logits.append(d)
-        if self.logit_reduction == "global":
-            return [torch.cat(logits, 1).mean(1, keepdim=True)]
-        return logits
+            maps_real = self.backbone(real)                            # a constant: it needs no graph
+        maps_fake = self.backbone(fake)
+        return [self.compare(i, x, y, disc_cond) for i, (x, y) in enumerate(zip(maps_real, maps_fake))]
 
 
 class ProjectedDiscriminator(nn.Module):
-    """ADD's discriminator: <h(y), b + W c> / sqrt(channels) for every layer and token, where c (B, C) is the
-    conditioning (projection conditioning, Miyato and Koyama 2018); without c a plain logit.
+    """ADD's discriminator: <h(y), W c> / sqrt(channels) for every layer and token, where c (B, C) is the
+    conditioning and W has a bias; without c a plain logit.
 
     It has ADT's signature D(real, fake) and ignores `real`. With relativistic=True it is siamese as well: the
     logit of `fake` minus the logit of `real` (Jolicoeur-Martineau 2018)."""
 
     def __init__(self, backbone, cond_dim=0, relativistic=False, channels=64):
         super().__init__()
-        self.backbone, self.relativistic = backbone, relativistic
-        self.heads = backbone.make_heads(channels, channels if cond_dim else 1, spectral=True)
-        self.cond_proj = []
-        if cond_dim:
-            self.cond_proj = nn.ModuleList(nn.Linear(cond_dim, channels) for _ in backbone.layers)
-        for proj in self.cond_proj:
-            nn.init.normal_(proj.bias)                                 # initially D hardly depends on c
+        self.backbone = backbone
+        self.relativistic = self.is_antisymmetric = relativistic
+        self.heads = backbone.make_heads(channels, channels if cond_dim else 1)
+        self.cond_proj = make_cond_proj(backbone, cond_dim, channels)
 
     def logits(self, maps, disc_cond=None):
         """maps: one (B, D, h, w) per layer; disc_cond (B, C) -> one (B, N) per layer."""
         tokens = [head(x) for head, x in zip(self.heads, maps)]        # (B, N, channels)
         if self.cond_proj:
-            # c has length 8: if shorter, D needs hundreds of steps to use it; if longer, W c changes too fast
-            disc_cond = 8 * F.normalize(disc_cond.float())
             with torch.autocast(disc_cond.device.type, enabled=False):  # logits in fp32
-                tokens = [torch.einsum("bnw,bw->bn", x, proj(disc_cond))[..., None] / x.shape[-1] ** .5
-                          for x, proj in zip(tokens, self.cond_proj)]
+                tokens = [torch.einsum("bnw,bw->bn", x, project_condition(linear, disc_cond))[..., None]
+                          / x.shape[-1] ** .5 for x, linear in zip(tokens, self.cond_proj)]
         return [x.squeeze(-1) for x in tokens]
 
     def forward(self, real, fake, disc_cond=None):

@@ -27,7 +27,8 @@ from models.denoiser import Denoiser  # noqa: E402
 from models.tiny import noise_schedule  # noqa: E402
 from utils import plotting, precision  # noqa: E402
 
-DISCRIMINATORS = ["similarity", "asymmetric", "difference", "relativistic", "projected"]  # ADT's
+# ADT's
+DISCRIMINATORS = ["similarity", "reference", "ordered", "difference", "relativistic", "projected"]
 DRAWING = {name: getattr(plotting, name) for name in ("plot_training_curves", "save_image_grid")}
 
 

@@ -34,6 +34,7 @@ class FixedLogits(torch.nn.Module):
     def __init__(self, *logits):
         super().__init__()
         self.logits, self.pairs, self.conds = list(logits), [], []
+        self.is_antisymmetric = False
 
     def forward(self, real, fake, cond):
         self.pairs.append((real, fake))
@@ -108,8 +109,10 @@ def linear_logits(disc, kind, x, y):
         return (y @ w.T)[..., 0]
     if kind == "relativistic":
         return ((y - x) @ w.T)[..., 0]
-    if kind == "asymmetric":
-        return ((x @ disc.heads_real[0].linear.weight.T) * (y @ w.T)).sum(-1) / 64 ** .5
+    if kind in ("reference", "ordered"):
+        v = disc.heads_real[0].linear.weight
+        swapped = ((y @ v.T) * (x @ w.T)).sum(-1) if kind == "ordered" else 0.
+        return (((x @ v.T) * (y @ w.T)).sum(-1) - swapped) / 64 ** .5
     if kind == "difference":
         v = disc.diff_heads[0]
         return (((x - y) @ w.T).abs() @ v.weight.T)[..., 0] + v.bias
@@ -139,6 +142,8 @@ def test_both_images_of_both_pairs_have_their_gradient_in_the_discriminator_loss
     losses["d"].backward()
     grads = {name: param.grad.clone() for name, param in disc.named_parameters()}
     zero_grads(disc)
+    if disc.is_antisymmetric:
+        pairs.insert(0, pairs[0][::-1])                                # the real pair is the other order
     d_real, d_fake = (linear_logits(disc, kind, *pair) for pair in pairs)
     (F.relu(1 - d_real).mean() + F.relu(1 + d_fake).mean()).backward()
     for is_active in (logits_real[0] < 1, logits_fake[0] > -1):
@@ -150,8 +155,8 @@ def test_both_images_of_both_pairs_have_their_gradient_in_the_discriminator_loss
 
 @pytest.mark.equation("ADT comparison")
 def test_the_relativistic_gradient_is_the_difference_of_features_where_the_hinge_is_active():
-    """D(x, y) = w (f(y) - f(x)): the real pair holds the same image twice and gives nothing; the fake pair
-    gives the mean of f(fake) - f(real) over the tokens with D > -1."""
+    """D(x, y) = w (f(y) - f(x)): both orders of the pair give the mean of f(fake) - f(real) over the tokens
+    with D > -1."""
     disc = linear_discriminator("relativistic", 4.)
     real, fake = torch.rand(2, 8, 3, 32, 32) * 2 - 1
     losses, _, logits_fake = adt.discriminator_loss(disc, DiscriminatorInputs(real, fake, None),
@@ -160,7 +165,7 @@ def test_the_relativistic_gradient_is_the_difference_of_features_where_the_hinge
     difference = tokens_of(disc.backbone(fake)[0] - disc.backbone(real)[0])  # (B, N, 8)
     is_active = logits_fake[0] > -1
     assert .1 < is_active.float().mean() < .9
-    expected = (difference * is_active[..., None]).mean((0, 1))
+    expected = 2 * (difference * is_active[..., None]).mean((0, 1))
     torch.testing.assert_close(disc.heads[0].linear.weight.grad[0], expected, rtol=1e-3, atol=1e-5)
 
 

@@ -169,10 +169,9 @@ def test_similarity_is_scale_times_cosine_plus_bias(backbone, monkeypatch):
 
 @pytest.mark.equation("ADT similarity")
 @pytest.mark.parametrize("kind", ["similarity", "difference"])
-@pytest.mark.parametrize("logit_reduction", ["none", "layer", "token_mean"])
-def test_siamese_logits_are_symmetric(backbone, kind, logit_reduction):
+def test_siamese_logits_are_symmetric(backbone, kind):
     torch.manual_seed(0)
-    disc = discriminator.SiameseDiscriminator(backbone, kind, logit_reduction).eval()
+    disc = discriminator.SiameseDiscriminator(backbone, kind).eval()
     x, y = random_images(3)
     torch.testing.assert_close(disc(x, y), disc(y, x), rtol=1e-4, atol=1e-5)
 
@@ -187,9 +186,11 @@ def test_equal_images_have_the_largest_similarity(backbone):
 
 
 @pytest.mark.equation("ADT comparison")
-def test_relativistic_logits_are_antisymmetric(backbone):
+@pytest.mark.parametrize("kind", ["ordered", "relativistic"])
+def test_ordered_and_relativistic_logits_are_antisymmetric(backbone, kind):
     torch.manual_seed(0)
-    disc = build_discriminator("relativistic", backbone, 16).eval()
+    disc = build_discriminator(kind, backbone, 16).eval()
+    assert disc.is_antisymmetric
     (x, y), text = random_images(3), torch.randn(3, 16)
     forward, backward, same = (torch.cat(disc(*pair, text), 1) for pair in ((x, y), (y, x), (x, x)))
     torch.testing.assert_close(forward, -backward, rtol=1e-4, atol=1e-5)
@@ -197,10 +198,11 @@ def test_relativistic_logits_are_antisymmetric(backbone):
 
 
 @pytest.mark.equation("ADT L_D")
-def test_a_relativistic_hinge_of_real_pairs_is_1_at_least_in_the_mean(backbone):
-    """The two views can be exchanged, so no heads can do better."""
+@pytest.mark.parametrize("kind", ["ordered", "relativistic"])
+def test_an_antisymmetric_hinge_of_two_views_is_1_at_least_in_the_mean(backbone, kind):
+    """Two views of one image can be exchanged, so no heads can do better: such a pair teaches nothing."""
     torch.manual_seed(0)
-    disc = build_discriminator("relativistic", backbone, 16).eval()
+    disc = build_discriminator(kind, backbone, 16).eval()
     for scale in (1, 100):                                             # in the range of images, far outside
         (x, y), text = random_images(3, scale), torch.randn(3, 16)
         both_orders = losses.hinge_real(disc(x, y, text)) + losses.hinge_real(disc(y, x, text))
@@ -208,36 +210,22 @@ def test_a_relativistic_hinge_of_real_pairs_is_1_at_least_in_the_mean(backbone):
     assert abs(losses.hinge_real(disc(x, x, text)) - 1) < 1e-5
 
 
-def test_layer_reduction_is_the_mean_of_a_layers_tokens(backbone):
+@pytest.mark.equation("ADT similarity")
+@pytest.mark.parametrize("kind", ["reference", "ordered"])
+def test_similarity_with_a_reference_is_an_inner_product_given_the_caption(backbone, kind):
+    """The real image and the caption are added, then compared with the other image; ordered: minus the same
+    with the two images exchanged."""
     torch.manual_seed(0)
-    per_token, per_layer = (discriminator.SiameseDiscriminator(backbone, "asymmetric", reduction).eval()
-                            for reduction in ("none", "layer"))
-    per_layer.load_state_dict(per_token.state_dict())
-    x, y = random_images(3)
-    means = [d.mean(1, keepdim=True) for d in per_token(x, y)]
-    torch.testing.assert_close(means, per_layer(x, y), rtol=1e-4, atol=1e-5)
-
-
-def test_global_reduction_is_one_logit(backbone):
-    torch.manual_seed(0)
-    per_layer, one_logit = (discriminator.SiameseDiscriminator(backbone, "similarity", reduction).eval()
-                            for reduction in ("layer", "global"))
-    one_logit.load_state_dict(per_layer.state_dict())
-    x, y = random_images(3)
-    expected = [torch.cat(per_layer(x, y), 1).mean(1, keepdim=True)]
-    torch.testing.assert_close(one_logit(x, y), expected)
-
-
-def test_token_mean_compares_the_mean_tokens(backbone):
-    """`asymmetric` is bilinear: the logit of two means is the mean over all pairs of tokens."""
-    torch.manual_seed(0)
-    disc = discriminator.SiameseDiscriminator(backbone, "asymmetric", "token_mean").eval()
-    x, y = random_images(2)
+    disc = build_discriminator(kind, backbone, 16).eval()
+    (x, y), text = random_images(2), torch.randn(2, 16)
     expected = []
-    for g, h, maps_x, maps_y in zip(disc.heads_real, disc.heads, backbone(x), backbone(y)):
-        all_pairs = g(maps_x) @ h(maps_y).transpose(1, 2) / 64 ** .5   # (B, N, N)
-        expected.append(all_pairs.mean((1, 2))[:, None])
-    torch.testing.assert_close(disc(x, y), expected, rtol=1e-3, atol=1e-4)
+    for i, (map_x, map_y) in enumerate(zip(backbone(x), backbone(y))):
+        w = disc.cond_proj[i](8 * F.normalize(text))[:, None]
+        logit = torch.einsum("bnc,bnc->bn", disc.heads_real[i](map_x) + w, disc.heads[i](map_y))
+        if kind == "ordered":
+            logit -= torch.einsum("bnc,bnc->bn", disc.heads_real[i](map_y) + w, disc.heads[i](map_x))
+        expected.append(logit / 64 ** .5)
+    torch.testing.assert_close(disc(x, y, text), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", DISCRIMINATORS)
@@ -260,11 +248,9 @@ def test_every_parameter_of_a_discriminator_receives_a_gradient(backbone, kind):
     assert not [name for name in untrained_params(disc) if not (name.endswith("bias") and cancels in name)]
 
 
-def test_unknown_kinds_and_reductions_are_rejected(backbone):
-    with pytest.raises(ValueError, match="wanted similarity, asymmetric"):
+def test_unknown_kinds_are_rejected(backbone):
+    with pytest.raises(ValueError, match="wanted similarity, reference"):
         discriminator.SiameseDiscriminator(backbone, "triplet")
-    with pytest.raises(ValueError, match="wanted none, layer"):
-        discriminator.SiameseDiscriminator(backbone, "similarity", "sum")
 
 
 def test_projected_logits_depend_on_the_caption(backbone):
