@@ -10,7 +10,6 @@ loss (score distillation).
 The same three names as in adt.py: Config, generator_loss, discriminator_loss. Read next: train.py
 """
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -27,6 +26,7 @@ from utils import config as settings
 # else for hundreds of steps. Stable Diffusion has alpha / sigma = .068 at T, so the tiny model is told the
 # time at which a flow has that: (1 - u) / u = .068.
 T_MAX_FLOW = 0.936
+NEGATIVE_PROMPT = "blurry, low quality, distorted"  # of nfsd with large models
 
 
 @dataclass(kw_only=True)
@@ -56,18 +56,14 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     distill_space: Annotated[Literal["pixel", "latent"], "paper: where that distance is taken"] = "pixel"
     teacher_steps: Annotated[int, "paper: sampler steps of the teacher's prediction"] = 1
     teacher_guidance_scale: Annotated[float, "ours: classifier-free guidance of the teacher"] = 1.0
-    negative_prompt: Annotated[str, "ours: negative caption of distill_weighting=nfsd"] = ""
     # discriminator
-    disc_conditioning: Annotated[Literal["text+image", "text", "image", "none"],
-                                 "paper: what D is conditioned on"] = "text+image"
-    disc_time_conditioning: Annotated[bool, "paper: false; true: D is also given the timestep"] = False
-    r1_batch_fraction: Annotated[float, "paper: fraction of the real images in R1"] = 1.0
-    warmup_steps_d: Annotated[int, "ours: first steps train D only; a quarter of the run at most"] = 0
+    disc_conditioning: Annotated[Literal["text+image", "text", "image", "none", "text+image+time"],
+                                 "paper: what D is conditioned on; time is ours"] = "text+image"
 
     def __post_init__(self):
         settings.check_shared(self)
         settings.require_positive(self, "student_steps", "teacher_steps")
-        settings.require_fraction(self, "pure_noise_prob", "backward_simulation_prob", "r1_batch_fraction")
+        settings.require_fraction(self, "pure_noise_prob", "backward_simulation_prob")
         is_plain_teacher = self.teacher_steps == 1 and self.teacher_guidance_scale == 1
         if self.distill_weighting == "nfsd" and not is_plain_teacher:
             raise ValueError("distill_weighting=nfsd calls the teacher once and has its own guidance: leave "
@@ -112,16 +108,15 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
                     "caption, since alpha is 0 there; if one-step samples stay alike, take --set t_max=.9"]
         return []
 
-    def extra_prompts(self):
+    def extra_prompts(self, model):
         """Prompts that training needs besides the captions."""
-        return ["", self.negative_prompt]
+        needs_negative = model.is_large and self.distill_weighting == "nfsd"
+        return ["", NEGATIVE_PROMPT] if needs_negative else [""]
 
     def build_discriminator(self, backbone, text_dim):
         """backbone: FrozenBackbone; text_dim: length of the captions' pooled embeddings."""
-        cond_dim = {"text+image": text_dim + backbone.embed_dim, "text": text_dim,
-                    "image": backbone.embed_dim, "none": 0}[self.disc_conditioning]
-        if self.disc_time_conditioning:
-            cond_dim += self.student_steps
+        cond_dims = {"text": text_dim, "image": backbone.embed_dim, "time": self.student_steps, "none": 0}
+        cond_dim = sum(cond_dims[name] for name in self.disc_conditioning.split("+"))
         return discriminator.ProjectedDiscriminator(backbone, cond_dim)
 
 
@@ -130,9 +125,9 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 # student's own samples; a discriminator that knows the timestep can ask for the sharpness of each; a mean
 # over heads, a stronger R1 on fewer images; the rest as in adt.py. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
-    "relativistic": True, "head_reduction": "mean", "r1_gamma": 2e-4, "r1_batch_fraction": .25, "t_max": .9,
-    "pure_noise_prob": .5, "backward_simulation_prob": .5, "disc_time_conditioning": True,
-    "whiten_features": True, "augment_strength": .1, "instance_noise": .05}}
+    "relativistic": True, "head_reduction": "mean", "r1_gamma": 2e-4, "t_max": .9, "pure_noise_prob": .5,
+    "backward_simulation_prob": .5, "disc_conditioning": "text+image+time", "whiten_features": True,
+    "instance_noise": .05}}
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
 # The paper states no rates and no length. The batch of a step is batch_size times
@@ -141,7 +136,7 @@ LARGE = {
     "t_max": (1., "paper"), "augment_strength": (1., "secondary"), "instance_noise": (0., "ours"),
     "lr_schedule": ("constant", "secondary"),
     "batch_size": (4, "ours"), "gradient_accumulation_steps": (32, "ours"), "lr_d": (1e-4, "ours"),
-    "ema_decay": (.999, "ours"), "negative_prompt": ("blurry, low quality, distorted", "ours")}
+    "ema_decay": (.999, "ours")}
 LORA = {"lr": (5e-5, "ours")}
 FULL = {"lr": (5e-7, "secondary")}
 PRESETS = {"sd15": LARGE, "sd15 lora": {"lr": (1e-4, "ours")}, "sd15 full": {"lr": (1e-6, "secondary")},
@@ -212,8 +207,8 @@ def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
     alpha, sigma = teacher.alpha_sigma(t)
     eps_uncond = predict_eps(uncond)
     eps_negative = eps_uncond
-    if config.negative_prompt:
-        eps_negative = predict_eps(teacher.encode_prompts([config.negative_prompt]))
+    if teacher.is_large:                                               # tiny models do not know its words
+        eps_negative = predict_eps(teacher.encode_prompts([NEGATIVE_PROMPT]))
     is_small_t = (t < teacher.T // 5).view(-1, 1, 1, 1)                # 200 of 1000
     return losses.nfsd_target(x0_hat, alpha, sigma, eps_uncond, predict_eps(cond), eps_negative, is_small_t)
 
@@ -225,13 +220,13 @@ def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
     nothing of it (hide_image, (B,)), c_img is zero, for both images: otherwise its presence would give the
     answer away. The timestep is a one-hot code: a discriminator without it rates the mixture of all student
     steps, and one step stays blurred while four become too sharp."""
-    cond_parts = []
-    if config.disc_conditioning in ("text+image", "text"):
+    names, cond_parts = config.disc_conditioning.split("+"), []
+    if "text" in names:
         cond_parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
-    if config.disc_conditioning in ("text+image", "image"):
+    if "image" in names:
         cond_parts.append(disc.backbone.global_embedding(batch.image) * ~hide_image[:, None])
-    if config.disc_time_conditioning:
-        onehot_scale = cond_parts[0].shape[1] ** .5 if cond_parts else 1.  # same norm as the others
+    if "time" in names:
+        onehot_scale = cond_parts[0].shape[1] ** .5                    # same norm as the others
         cond_parts.append(onehot_scale * F.one_hot(step_index, config.student_steps))
     return torch.cat(cond_parts, 1) if cond_parts else None
 
@@ -275,10 +270,8 @@ def discriminator_loss(disc, inputs, config):
     hinge = (losses.hinge_real(logits_real, config.head_reduction)
              + losses.hinge_fake(logits_fake, config.head_reduction))
     losses_dict = {"d": hinge}                                         # ADD eq. 3, the hinge losses
-    if config.r1_gamma and config.r1_batch_fraction:
-        num_r1 = math.ceil(config.r1_batch_fraction * len(inputs.real))
-        features = [f[:num_r1].detach().requires_grad_() for f in features]
-        r1_cond = None if inputs.cond is None else inputs.cond[:num_r1]
-        penalty = losses.r1_penalty(disc.logits(features, r1_cond), features)
+    if config.r1_gamma:
+        features = [f.detach().requires_grad_() for f in features]     # the heads' inputs, not the image
+        penalty = losses.r1_penalty(disc.logits(features, inputs.cond), features)
         losses_dict["r1"] = config.r1_gamma * penalty                  # ADD eq. 3, R1
     return losses_dict, logits_real, logits_fake

@@ -50,7 +50,6 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     caption_dropout: Annotated[float, "ours: fraction of empty captions in the diffusion loss"] = 0.1
     timestep_sampling: Annotated[Literal["uniform", "logit_normal"],
                                  "ours: timesteps of the diffusion loss"] = "uniform"
-    warmup_steps_d: Annotated[int, "ours: first steps train D only; a quarter of the run at most"] = 60
 
     def __post_init__(self):
         settings.check_shared(self)
@@ -84,7 +83,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """Whether the losses look at the real images and not at their latents alone."""
         return self.lambda_adv > 0 and self.real_images == "original"
 
-    def extra_prompts(self):
+    def extra_prompts(self, model):
         """Prompts that training needs besides the captions."""
         return [""]
 
@@ -102,7 +101,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 # image, a tint and the last digit of flat backgrounds. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
     "discriminator": "relativistic", "rollout_start": "noise", "whiten_features": True,
-    "augment_strength": .1, "instance_noise": .05}}
+    "instance_noise": .05}}
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
 # CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px. Its

@@ -162,7 +162,7 @@ def setup(args):
     dataset = data.training_dataset(run_config, model)
     config.check_model(model, run_config["fsdp"])
     with torch.no_grad():                                              # every caption must be encodable
-        model.precompute_prompt_embeds([*config.extra_prompts(), *run_config["prompts"],
+        model.precompute_prompt_embeds([*config.extra_prompts(model), *run_config["prompts"],
                                         *dataset.all_captions])
         text_dim = model.encode_prompts([""])["pooled"].shape[1]
     model.release_text_encoders(dataset.has_fixed_captions)

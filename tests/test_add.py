@@ -255,13 +255,15 @@ def test_the_teachers_guidance_scale_is_the_one_set(toy):
 
 
 @pytest.mark.equation("ADD eq. 4")
-def test_nfsd_calls_the_teacher_with_the_empty_the_real_and_the_negative_caption(toy):
+def test_nfsd_calls_the_teacher_with_the_empty_the_real_and_the_negative_caption(toy, monkeypatch):
     """The toy's eps is one output u times the length of the caption plus one: empty 1, caption 3, negative
     5. At small t delta_D = 1 u, otherwise (1 - 5) u; delta_C = 2 u, with the weight 7.5."""
     teacher = toy("eps").requires_grad_(False)
+    monkeypatch.setattr(add, "NEGATIVE_PROMPT", "abcd")
+    teacher.is_large = True
     x0_hat, cond = torch.randn(64, 2, 4, 4, dtype=torch.float64), teacher.encode_prompts(["ab"] * 64)
-    target, _ = add.distillation_target(teacher, x0_hat, cond,
-                                        add.Config(distill_weighting="nfsd", negative_prompt="abcd"))
+    target, _ = add.distillation_target(teacher, x0_hat, cond, add.Config(distill_weighting="nfsd"))
+    assert len(teacher.calls) == 3
     x_t, t_input, _ = teacher.calls[0]
     t = teacher.timestep(t_input)
     alpha, sigma = teacher.alpha_sigma(t)
@@ -269,6 +271,7 @@ def test_nfsd_calls_the_teacher_with_the_empty_the_real_and_the_negative_caption
     direction = torch.where(t < 200, 1. + 15, -4. + 15).view(-1, 1, 1, 1) * u
     torch.testing.assert_close(target, x0_hat - sigma / alpha * direction)
     teacher.calls.clear()
+    teacher.is_large = False
     add.distillation_target(teacher, x0_hat, cond, add.Config(distill_weighting="nfsd"))
     assert len(teacher.calls) == 2                                     # no negative prompt, no third call
 
@@ -290,8 +293,7 @@ def test_the_distance_is_taken_in_distill_space(toy, monkeypatch):
     batch = data.Batch(torch.randn(8, 2, 4, 4, dtype=torch.float64), ["ab"] * 8, None, None)
     for space in ("pixel", "latent"):
         torch.manual_seed(0)
-        config = add.Config(distill_space=space, lambda_adv=0., disc_conditioning="none",
-                            disc_time_conditioning=False)
+        config = add.Config(distill_space=space, lambda_adv=0., disc_conditioning="none")
         results[space] = add.generator_loss(model, model, None, batch, config)[0]["distill"].item()
     assert results["pixel"] == pytest.approx(4 * results["latent"])
 

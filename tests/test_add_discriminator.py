@@ -13,10 +13,10 @@ import losses
 from conftest import LinearHead, RandomConv, record_conditioning, tokens_of, zero_grads
 from discriminator import DiscriminatorInputs
 
-CONDITIONINGS = ["text+image", "text", "image", "none"]
+CONDITIONINGS = ["text+image", "text", "image", "none", "text+image+time"]
 # without augmentation the discriminator receives the images themselves
 NO_AUGMENTATION = add.Config(augment_strength=0., instance_noise=0.)
-UNCONDITIONAL = replace(NO_AUGMENTATION, disc_conditioning="none", disc_time_conditioning=False)
+UNCONDITIONAL = replace(NO_AUGMENTATION, disc_conditioning="none")
 
 
 # -------------------------------------------------------------------------------------------------- gradients
@@ -134,8 +134,7 @@ def test_r1_acts_beyond_the_margin_and_stops_at_the_heads_inputs(add_setup):
     """A penalty on the hinge would be zero where D(real) > 1; one on the image would need the backbone's
     second derivatives. Here every head receives a gradient from R1 alone, and the image none."""
     _, _, disc, batch = add_setup
-    config = add.Config(r1_gamma=1., disc_conditioning="none", disc_time_conditioning=False,
-                        relativistic=False)
+    config = add.Config(r1_gamma=1., disc_conditioning="none", relativistic=False)
     disc = config.build_discriminator(disc.backbone, 128).requires_grad_(True).train()
     for head in disc.heads:
         head.conv_out.bias.data.fill_(100.)                            # all real logits are far above 1
@@ -146,22 +145,6 @@ def test_r1_acts_beyond_the_margin_and_stops_at_the_heads_inputs(add_setup):
     losses_dict["r1"].backward()
     assert image.grad is None
     assert all(head.conv_in.parametrizations.weight.original.grad.abs().sum() > 0 for head in disc.heads)
-
-
-def test_r1_on_a_fraction_of_the_batch_is_unbiased(add_setup):
-    """Each quarter is a sample of the batch: their mean is the penalty of the whole batch."""
-    _, _, disc, batch = add_setup
-    disc = UNCONDITIONAL.build_discriminator(disc.backbone, 128).eval()
-
-    def penalty(image, fraction):
-        config = replace(UNCONDITIONAL, r1_gamma=1., r1_batch_fraction=fraction)
-        inputs = DiscriminatorInputs(image, torch.zeros_like(image), None)
-        return add.discriminator_loss(disc, inputs, config)[0]["r1"].item()
-
-    quarters = [penalty(batch.image.roll(-i, 0), .25) for i in range(4)]
-    assert max(quarters) > 1.01 * min(quarters)
-    assert sum(quarters) / 4 == pytest.approx(penalty(batch.image, 1.), rel=1e-3)
-    assert quarters[0] == pytest.approx(penalty(batch.image[:1], 1.), rel=1e-3)
 
 
 def test_r1_has_the_weight_gamma(add_setup):
@@ -182,11 +165,11 @@ def test_r1_is_of_the_logits_of_real_images_with_their_own_conditioning(add_setu
     _, _, disc, batch = add_setup
     disc = deepcopy(disc).eval()
     cond = torch.randn(4, disc.cond_proj[0].in_features)
-    config = replace(NO_AUGMENTATION, r1_gamma=1., r1_batch_fraction=.5)
+    config = replace(NO_AUGMENTATION, r1_gamma=1.)
     losses_dict, _, _ = add.discriminator_loss(
         disc, DiscriminatorInputs(batch.image, batch.image.flip(0), cond), config)
-    features = [f[:2].detach().requires_grad_() for f in disc.backbone(batch.image)]
-    expected = losses.r1_penalty(disc.logits(features, cond[:2]), features)
+    features = [f.detach().requires_grad_() for f in disc.backbone(batch.image)]
+    expected = losses.r1_penalty(disc.logits(features, cond), features)
     assert losses_dict["r1"].item() == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -212,7 +195,7 @@ class RecordingDiscriminator(torch.nn.Module):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_logits_depend_on_what_the_discriminator_is_conditioned_on(add_setup, conditioning):
     model, _, disc, batch = add_setup
-    config = add.Config(disc_conditioning=conditioning, disc_time_conditioning=True)
+    config = add.Config(disc_conditioning=conditioning)
     torch.manual_seed(0)
     disc = config.build_discriminator(disc.backbone, 128).eval()
     cond, hide_none = model.encode_prompts(batch.caption), torch.zeros(4, dtype=torch.bool)
@@ -225,29 +208,27 @@ def test_logits_depend_on_what_the_discriminator_is_conditioned_on(add_setup, co
     logits, logits_image, logits_step = (torch.cat(disc(None, batch.image, c), 1)
                                          for c in (disc_cond, other_image, other_step))
     assert torch.equal(logits, logits_image) == (conditioning == "none")
-    assert not torch.equal(logits, logits_step)
-    if conditioning != "none":                                         # the timestep is as long as the text
+    assert torch.equal(logits, logits_step) == ("time" not in conditioning)
+    assert (disc_cond is None) == (conditioning == "none")
+    if "time" in conditioning:                                         # the timestep is as long as the text
         assert disc_cond[:, -4:].norm(dim=1) == pytest.approx(disc_cond[:, :128].norm(dim=1), rel=.01)
-    config = replace(config, disc_time_conditioning=False)
-    disc_cond, other_step = (add.discriminator_condition(disc, batch, cond, step, hide_none, config)
-                             for step in (last_step, first_step))
-    if conditioning == "none":
-        assert disc_cond is None and other_step is None
-    else:
-        assert torch.equal(disc_cond, other_step)
 
 
-@pytest.mark.parametrize("conditioning", ["text+image", "image"])
+@pytest.mark.parametrize("conditioning", ["text+image", "image", "text+image+time"])
 def test_the_image_embedding_is_hidden_where_the_student_saw_no_image(add_setup, conditioning):
     """There c_img is zero. Real and fake images get the same c, so its presence tells nothing."""
     model, _, disc, batch = add_setup
-    config = add.Config(disc_conditioning=conditioning, disc_time_conditioning=True, r1_gamma=0.)
+    config = add.Config(disc_conditioning=conditioning, r1_gamma=0.)
     disc = config.build_discriminator(disc.backbone, 128)
     hide_image, step_index = torch.tensor([True, False, True, False]), torch.tensor([0, 1, 0, 2])
     disc_cond = add.discriminator_condition(disc, batch, model.encode_prompts(batch.caption), step_index,
                                             hide_image, config)
-    image_part = disc_cond[:, -132:-4]                                 # the last four are the timestep
-    assert disc_cond[:, -4:].argmax(1).tolist() == [0, 1, 0, 2]
+    if "time" in conditioning:                                         # the last four elements
+        assert disc_cond[:, -4:].argmax(1).tolist() == [0, 1, 0, 2]
+        disc_cond_image = disc_cond[:, :-4]
+    else:
+        disc_cond_image = disc_cond
+    image_part = disc_cond_image[:, -128:]
     assert (image_part[hide_image] == 0).all()
     assert (image_part[~hide_image].abs().sum(1) > 1).all()
     recorder = RecordingDiscriminator(disc)
@@ -258,7 +239,7 @@ def test_the_image_embedding_is_hidden_where_the_student_saw_no_image(add_setup,
 
 def test_at_pure_noise_the_discriminator_receives_no_image_embedding(add_setup):
     model, teacher, disc, batch = add_setup
-    config = add.Config(disc_conditioning="image", disc_time_conditioning=False, pure_noise_prob=1.)
+    config = add.Config(disc_conditioning="image", pure_noise_prob=1.)
     disc = config.build_discriminator(disc.backbone, 128)
     _, inputs = add.generator_loss(model, teacher, disc, batch, config)
     assert inputs.cond.shape == (4, disc.backbone.embed_dim)

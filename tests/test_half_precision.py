@@ -77,7 +77,7 @@ def test_only_steps_that_amplify_errors_are_computed_in_fp32(pretrained):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_student_and_teacher_predict_x0_without_the_noise_of_bf16(pretrained, name):
     """Under autocast to bf16, with frozen weights in fp16, as on a GPU."""
-    config = add.Config(student_steps=1, t_max=1., backward_simulation_prob=0., negative_prompt="b")
+    config = add.Config(student_steps=1, t_max=1., backward_simulation_prob=0.)
     results = {}
     for precision in ("fp32", "bf16"):
         model = build_model(pretrained, name, rank=4)

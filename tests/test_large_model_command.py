@@ -165,8 +165,7 @@ def test_add_has_the_papers_settings_on_large_models():
     notes = config.provenance(train.METHODS["add"], built, "sd15", True)
     published = {"lambda_distill": 2.5, "r1_gamma": 1e-5, "head_reduction": "sum", "t_max": 1.,
                  "pure_noise_prob": 0., "backward_simulation_prob": 0., "relativistic": False,
-                 "student_steps": 4, "disc_conditioning": "text+image", "distill_weighting": "exponential",
-                 "disc_time_conditioning": False, "r1_batch_fraction": 1.}
+                 "student_steps": 4, "disc_conditioning": "text+image", "distill_weighting": "exponential"}
     for name, value in published.items():
         assert notes[name][0] == value
         assert notes[name][1].startswith("paper")

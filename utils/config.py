@@ -63,8 +63,9 @@ class DiscriminatorConfig:
     backbone: Annotated[Literal["vit", "cnn", "random"],
                         "paper: frozen features; vit is DINOv2 for large models"] = "vit"
     whiten_features: Annotated[bool, "ours: equal variance of the features in all directions"] = False
-    augment_strength: Annotated[float, "secondary: differentiable augmentation, 0 to 1"] = 1.0
+    augment_strength: Annotated[float, "ours: strength of the differentiable augmentation, 0 to 1"] = 0.1
     instance_noise: Annotated[float, "ours: std of noise on the discriminator's images"] = 0.0
+    warmup_steps_d: Annotated[int, "ours: first steps train D only; a quarter of the run at most"] = 20
 
 
 def require_positive(config, *names):
