@@ -36,7 +36,8 @@ CHANGES = {
             "distill_weighting": "sds", "distill_loss": "l1", "distill_space": "latent", "teacher_steps": 2,
             "teacher_guidance_scale": 3., "disc_conditioning": "text"}}
 # settings in which the change is made, where they are not the defaults
-CONTEXT = {"adt": dict(batch_size=4, num_inference_steps=4, warmup_steps_d=0), "add": dict(batch_size=8, warmup_steps_d=0)}
+CONTEXT = {"adt": dict(batch_size=4, num_inference_steps=4, warmup_steps_d=0),
+           "add": dict(batch_size=8, warmup_steps_d=0)}
 # each has a test of its own
 READ_ELSEWHERE = {"adt": {"init", "backbone", "whiten_features", "optimizer"}}
 READ_ELSEWHERE["add"] = READ_ELSEWHERE["adt"] | {"head_reduction"}
