@@ -50,7 +50,7 @@ RECIPES = {
     "eval_classifier": {"glyphs": Recipe(3000, 128, 2e-3), "fashion": Recipe(2000, 128, 1e-3)},
     "backbone": {"glyphs": Recipe(4000, 64, 1e-3), "fashion": Recipe(2500, 64, 1e-3)},
     "cnn": {"glyphs": Recipe(2500, 64, 1e-3), "fashion": Recipe(1500, 64, 1e-3)},
-    "denoiser": {"glyphs": Recipe(14000, 32, 1e-3, decay_fraction=1 / 3),
+    "denoiser": {"glyphs": Recipe(19500, 32, 1e-3, decay_fraction=1 / 3),
                  "fashion": Recipe(7000, 32, 1e-3, decay_fraction=1 / 3)},
 }
 # one seed each, so that no two networks see the same random numbers
