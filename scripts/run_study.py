@@ -1,8 +1,10 @@
 """Trains and measures the rows of a table:
 
-    python -m scripts.run_study adt --data glyphs      ADT, other discriminators, plain fine-tuning; 3 seeds
+    python -m scripts.run_study adt --data glyphs      plain fine-tuning, ADT, its tuned recipe step by step
+    python -m scripts.run_study adt-discriminators     ADT with each discriminator
+    python -m scripts.run_study adt-5-steps            ADT with a path of five steps
     python -m scripts.run_study adt-ablations          what each part of ADT is worth; 1 seed
-    python -m scripts.run_study add --data fashion     the ADD student and its teacher; 3 seeds
+    python -m scripts.run_study add --data fashion     the teacher, ADD, its tuned recipe step by step
     python -m scripts.run_study add-table1             Table 1 of the ADD paper on small images; 1 seed
 
 Every run has a folder in OUTPUT_DIR/runs/ and a JSON file beside it with its metrics. What is measured is
@@ -82,36 +84,50 @@ TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value) for label, over
     ("λ = 25: L1", [HIGH_LAMBDA, "distill_loss=l1"], "L2 is best"),
     ("λ = 25: pseudo-Huber", [HIGH_LAMBDA, "distill_loss=huber"], "L2 is best")]]
 
+# From the method as published to the recipe "tuned", one change after the other.
+NOISE, WHITEN, FIVE_STEPS = "rollout_start=noise", "whiten_features=true", "num_inference_steps=5"
+DIFFERENCES = ["relativistic=true", "head_reduction=mean", "r1_gamma=2e-4"]
+OWN_SAMPLES = ["t_max=.9", "pure_noise_prob=.5", "backward_simulation_prob=.5"]
+
 STUDIES = {
     "adt": Study([
-        Experiment("diffusion loss only, 2,050 training steps", method="diffusion", steps=2050,
+        Experiment("diffusion loss only, 1,000 training steps", method="diffusion", steps=1000,
                    recipe="paper"),
-        Experiment("ADT, as published", recipe="paper"),
-        Experiment("tuned, but similarity of features and image-to-image start",
-                   ["discriminator=similarity", "rollout_start=image"]),
-        Experiment("tuned, but unpaired discriminator", ["discriminator=projected"]),
+        Experiment("ADT", recipe="paper"),
+        Experiment("ADT + paths from noise", [NOISE], recipe="paper"),
+        Experiment("ADT + paths from noise + whitened features", [NOISE, WHITEN], recipe="paper"),
         Experiment("ADT, tuned"),
         Experiment("ADT, tuned, 900 training steps", steps=900)],
         base_configs=[*TEN_STEPS, *EXTRA_CONFIGS, (50, {}), (50, {"guidance_scale": 2.})],
         run_configs=TEN_STEPS, extra_configs=EXTRA_CONFIGS, seeds=3),
+    "adt-discriminators": Study([
+        Experiment("ordered (paper)", recipe="paper"),
+        *(Experiment(kind, [f"discriminator={kind}"], recipe="paper")
+          for kind in ("similarity", "reference", "difference", "relativistic", "projected"))],
+        base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
+    "adt-5-steps": Study([
+        Experiment("ADT, path of 5 steps", [FIVE_STEPS], recipe="paper"),
+        Experiment("ADT, tuned, path of 5 steps", [FIVE_STEPS])],
+        base_configs=[(5, {}), *TEN_STEPS, (50, {})], run_configs=[(5, {})], seeds=3),
     "adt-ablations": Study([
-        Experiment("ADT, tuned"),
-        Experiment("no diffusion loss", ["lambda_diff=0"]),
-        Experiment("unpaired discriminator", ["discriminator=projected"]),
-        Experiment("similarity discriminator", ["discriminator=similarity"]),
-        Experiment("image-to-image start", ["rollout_start=image"]),
-        Experiment("gradient through the network's inputs", ["input_grad_scale=1"]),
-        Experiment("K = 1", ["num_grad_steps=1"]),
-        Experiment("K = 5", ["num_grad_steps=5"]),
-        Experiment("K = all", ["grad_step_selection=all"]),
-        Experiment("last K = 2", ["grad_step_selection=last"]),
-        Experiment("no augmentation", ["augment_strength=0"])],
+        Experiment("ADT", recipe="paper"),
+        *(Experiment(label, [override], recipe="paper") for label, override in [
+            ("no diffusion loss", "lambda_diff=0"),
+            ("gradient through the network's inputs", "input_grad_scale=1"),
+            ("K = 1", "num_grad_steps=1"),
+            ("K = 5", "num_grad_steps=5"),
+            ("K = all", "grad_step_selection=all"),
+            ("last K = 2", "grad_step_selection=last"),
+            ("no augmentation", "augment_strength=0"),
+            ("augmentation of full strength", "augment_strength=1")])],
         base_configs=TEN_STEPS, run_configs=TEN_STEPS),
     "add": Study([
-        Experiment("ADD student, as published", method="add", recipe="paper"),
-        Experiment("ADD student, tuned", method="add"),
-        Experiment("ADD student, tuned, trained for longer", ["lr=5e-5", "pure_noise_prob=.75"], "add",
-                   4000)],
+        Experiment("ADD", method="add", recipe="paper"),
+        Experiment("ADD + differences of logits", DIFFERENCES, "add", recipe="paper"),
+        Experiment("ADD + differences of logits + own samples", DIFFERENCES + OWN_SAMPLES, "add",
+                   recipe="paper"),
+        Experiment("ADD, tuned", method="add"),
+        Experiment("ADD, tuned, 4,000 training steps", ["lr=5e-5", "pure_noise_prob=.75"], "add", 4000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
