@@ -31,8 +31,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     # the first ones to change
     discriminator: Annotated[Literal["similarity", "reference", "ordered", "difference", "relativistic",
                                      "projected"],
-                             "secondary: type of discriminator; the paper says siamese"] = "similarity"
-    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 = diffusion loss only"] = 0.2
+                             "secondary: type of discriminator; the paper says siamese"] = "ordered"
+    lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 = diffusion loss only"] = 0.5
     rollout_start: Annotated[Literal["image", "noise"],
                              "paper: a noised real image or pure noise"] = "image"
     num_inference_steps: Annotated[int, "ours: sampler steps of the path"] = 10

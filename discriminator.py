@@ -115,7 +115,8 @@ def build_backbone(network, images, noise_std=0.0):
 
 
 class Head(nn.Module):
-    """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution, residual 3x3, 1x1.
+    """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution, residual 3x3, 1x1. With stride 2 the first
+    has a kernel of 2x2.
 
     Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm as in
     StyleGAN-T; where a group norm follows, the scale of the weights cancels anyway."""
@@ -123,16 +124,15 @@ class Head(nn.Module):
     def __init__(self, in_channels, channels, out_channels, stride=1):
         super().__init__()
         normalize = partial(spectral_norm, n_power_iterations=2)
-        self.stride = stride
-        self.conv_in = normalize(nn.Conv2d(in_channels, channels, 1))
-        self.conv = normalize(nn.Conv2d(channels, channels, 3, stride, padding=1))
+        self.conv_in = normalize(nn.Conv2d(in_channels, channels, stride, stride))
+        self.conv = normalize(nn.Conv2d(channels, channels, 3, padding=1))
         self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
         self.conv_out = normalize(nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, x):
         x = F.leaky_relu(self.norms[0](self.conv_in(x)), .2)
         residual = F.leaky_relu(self.norms[1](self.conv(x)), .2)
-        x = (F.avg_pool2d(x, self.stride) + residual) * .5 ** .5
+        x = (x + residual) * .5 ** .5
         return self.conv_out(x).flatten(2).transpose(1, 2).float()     # (B, N, out_channels), fp32 from here
 
 

@@ -43,6 +43,7 @@ class TinyViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.pixel_head = nn.Linear(dim, 3 * patch_size * patch_size)
         self.attribute_heads = nn.ModuleList(nn.Linear(dim, n) for n in attributes)
+        self.to(memory_format=torch.channels_last)  # convolutions and pooling are faster so on a CPU
 
     def patchify(self, image):
         """(B, 3, 32, 32) -> (B, 64, 48), the pixels of each patch."""
@@ -87,6 +88,7 @@ class TinyCNN(nn.Module):
         self.stages = nn.ModuleList(conv_block(i, o) for i, o in zip((3, *channels), channels))
         self.norm = nn.LayerNorm(channels[-1])
         self.attribute_heads = nn.ModuleList(nn.Linear(channels[-1], n) for n in attributes)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, image):
         """image (B, 3, H, W) in [-1, 1] -> maps (one per stage), cls_tokens (None, None, and the mean of the

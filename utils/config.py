@@ -40,7 +40,7 @@ class TrainConfig:
     lr_schedule: Annotated[Literal["linear", "cosine", "constant"],
                            "ours: course of lr; linear and cosine fall to 0 at the end"] = "linear"
     lr_warmup_steps: Annotated[int, "ours: first updates in which lr rises linearly"] = 0
-    lr_d: Annotated[float, "ours: learning rate of the discriminator, constant"] = 5e-3
+    lr_d: Annotated[float, "ours: learning rate of the discriminator, constant"] = 1e-3
     beta1: Annotated[float, "ours: AdamW, generator; momentum makes adversarial training oscillate"] = 0.0
     beta1_d: Annotated[float, "secondary: AdamW, discriminator; no momentum"] = 0.0
     beta2: Annotated[float, "ours: AdamW, generator; decay of the mean of squared gradients"] = 0.999
