@@ -37,6 +37,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
                              "paper: a noised real image or pure noise"] = "image"
     num_inference_steps: Annotated[int, "ours: sampler steps of the path"] = 10
     num_grad_steps: Annotated[int, "ours: K, how many of the executed steps keep their graph"] = 2
+    lr: Annotated[float, "ours: learning rate of the generator"] = 2e-4
     # the rest
     grad_step_selection: Annotated[Literal["strided", "last", "random", "all"],
                                    "secondary: which K steps"] = "strided"
@@ -137,7 +138,7 @@ FINE_TUNING = {"beta1": (.9, "ours"), "lr_schedule": ("constant", "secondary"), 
                "num_inference_steps": (50, "secondary"), "batch_size": (4, "ours")}
 FINE_TUNING_FLOW = {**FINE_TUNING, "timestep_sampling": ("logit_normal", "secondary"),
                     "num_inference_steps": (28, "ours")}
-DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours")},
+DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours"), "lr": (1e-4, "ours")},
                      "sd15": {**FINE_TUNING, "guidance_scale": (7.5, "secondary")},
                      "sdxl": {**FINE_TUNING, "guidance_scale": (5., "secondary")},
                      "sd3": {**FINE_TUNING_FLOW, "guidance_scale": (7., "secondary")},

@@ -115,8 +115,7 @@ def build_backbone(network, images, noise_std=0.0):
 
 
 class Head(nn.Module):
-    """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution, residual 3x3, 1x1. With stride 2 the first
-    has a kernel of 2x2.
+    """(B, D, h, w) -> tokens (B, N, out_channels): 1x1 convolution (2x2 with stride 2), residual 3x3, 1x1.
 
     Group norm instead of StyleGAN-T's batch norm, which couples the samples of a batch. Spectral norm as in
     StyleGAN-T; where a group norm follows, the scale of the weights cancels anyway."""
@@ -130,8 +129,8 @@ class Head(nn.Module):
         self.conv_out = normalize(nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, x):
-        x = F.leaky_relu(self.norms[0](self.conv_in(x)), .2)
-        residual = F.leaky_relu(self.norms[1](self.conv(x)), .2)
+        x = F.leaky_relu(self.norms[0](self.conv_in(x).float()), .2)   # fp32, as on a GPU: bf16 is slow here
+        residual = F.leaky_relu(self.norms[1](self.conv(x).float()), .2)
         x = (x + residual) * .5 ** .5
         return self.conv_out(x).flatten(2).transpose(1, 2).float()     # (B, N, out_channels), fp32 from here
 

@@ -12,15 +12,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from models.tiny import TransformerBlock
+from models.tiny import GroupNorm, TransformerBlock
 from utils.broadcasting import build_on_rank0
 from utils.metrics import load_transformers
 
 
 def conv_block(in_channels, channels):
     """Two 3x3 convolutions with group norm; the caller applies the second activation."""
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.GELU(),
-                         nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels))
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1), GroupNorm(8, channels), nn.GELU(),
+                         nn.Conv2d(channels, channels, 3, padding=1), GroupNorm(8, channels))
 
 
 class TinyViT(nn.Module):
