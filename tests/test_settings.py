@@ -20,7 +20,7 @@ from utils import config as settings
 METHODS = {"adt": adt, "add": add}
 
 # a setting -> a value that differs from its default
-SHARED = {"batch_size": 5, "gradient_accumulation_steps": 2, "lr": 1e-3, "lr_d": 1e-3, "beta1": .5,
+SHARED = {"batch_size": 5, "gradient_accumulation_steps": 2, "lr": 1e-3, "lr_d": 1e-2, "beta1": .5,
           "beta1_d": .5, "beta2": .9, "beta2_d": .9, "weight_decay": .1, "max_grad_norm": .01,
           "max_grad_norm_d": .01, "n_critic": 2, "ema_decay": .05,
           "augment_strength": .5, "instance_noise": .2, "warmup_steps_d": 1, "lr_schedule": "cosine",
