@@ -24,9 +24,10 @@ import data
 import discriminator
 import losses
 import sampler
-from evaluate import PRETRAINED, Evaluator, check_sampling_configs, sample
+from evaluate import PRETRAINED, check_sampling_configs, sample
 from models.loading import load_backbone, load_model, weights_path
-from scripts.run_study import cached_metrics
+from scripts.panel import PanelEvaluator
+from scripts.run_study import REAL_SEED, cached_metrics
 from utils.failures import clear_exit
 from utils.plotting import aggregate_seeds, format_steps, image_grid, metrics_table
 
@@ -50,6 +51,11 @@ def load_pretrained(name, dataset_name):
     if name != "add":
         return model, {}
     return model, check_sampling_configs(model.metadata.get("sampling_configs"), path)[0][1]
+
+
+@cache
+def build_evaluator(dataset_name):
+    return PanelEvaluator(data.build_dataset(dataset_name), 2000, seed=REAL_SEED)
 
 
 def git_commit():
@@ -114,7 +120,7 @@ def side_by_side(rows, columns=5):
     figure = Figure(figsize=(2.1 * columns + 1.7, height))
     for subfig, dataset_name in zip(figure.subfigures(1, 2, wspace=.02), ("fashion", "glyphs")):
         dataset = data.build_dataset(dataset_name)
-        evaluator = Evaluator(dataset, 2000)
+        evaluator = build_evaluator(dataset_name)
         captions = dataset.sample_batch(12, torch.Generator().manual_seed(7)).caption[:columns]
         grid = subfig.subplots(len(rows), columns)
         for axes_row, (label, name, num_steps) in zip(grid, rows):
@@ -206,7 +212,7 @@ def fd_vs_steps():
     """Fréchet distance against sampler steps: three models, two data sets. Wide line: other real images."""
     figure, panels = make_axes(2)
     for axes, dataset_name in zip(panels, ("fashion", "glyphs")):
-        evaluator = Evaluator(data.build_dataset(dataset_name), 2000)
+        evaluator = build_evaluator(dataset_name)
         for name, steps in STEPS.items():
             fds = [metrics["fd"] for metrics in pretrained_metrics(name, dataset_name, evaluator, steps)]
             axes.plot(steps, fds, "o-", ms=4, color=COLOURS[name], label=LABELS[name])
@@ -223,35 +229,41 @@ def fd_vs_steps():
 
 
 def fd_vs_minutes():
-    """Fréchet distance against minutes of training: mean and range of the seeds, for all lengths of the
+    """Two Fréchet distances against minutes of training: mean and range of the seeds, for all lengths of the
     studies. At zero minutes: the base model with the same sampler steps. Wide line: other real images."""
-    figure, panels = make_axes(2, 4.4, 3.3)
-    studies = load_studies()
-    for axes, dataset_name in zip(panels, ("fashion", "glyphs")):
-        for method, row_label, config, colour in (
-                ("adt", "diffusion loss only", ", 10 steps", "base"),
-                ("adt", "ADT, tuned", ", 10 steps", "adt"),
-                ("add", "ADD student", ", 1 step", "add")):
-            fds_by_minutes = {}
-            for label, metrics in studies.get(f"{method}-{dataset_name}", []):
-                if label.startswith(row_label) and label.endswith(config) or label == f"base{config}":
-                    fds_by_minutes.setdefault(metrics["minutes"] or 0., []).append(metrics["fd"])
-            if len(fds_by_minutes) < 2:
-                continue
-            minutes = sorted(fds_by_minutes)
-            fds = [torch.tensor(fds_by_minutes[m]) for m in minutes]
-            means = [float(fd.mean()) for fd in fds]
-            below = [float(fd.mean() - fd.min()) for fd in fds]
-            above = [float(fd.max() - fd.mean()) for fd in fds]
-            axes.errorbar(minutes, means, [below, above], marker="o", ms=4, lw=1, ls=":", capsize=2,
-                          color=COLOURS[colour], label=f"{row_label.partition(',')[0]}{config}")
-        for label, metrics in studies.get(f"add-{dataset_name}", []):
-            if label == "real images":
-                axes.axhline(metrics["fd"], color="k", lw=4, alpha=.2)
-        axes.set(title=dataset_name, xlabel="training time on one core, minutes",
-                 ylabel="Fréchet distance, 2,000 images", yscale="log")
-        set_log_ticks(axes.yaxis, (.7, 1, 2, 3, 5, 10, 20, 50))
-        axes.legend(fontsize=FONT_SIZE)
+    from matplotlib.figure import Figure
+    figure, studies = Figure(figsize=(8.8, 6.2)), load_studies()
+    panels = figure.subplots(2, 2, sharex="col")
+    series = [("adt", "diffusion loss only", "10 steps", COLOURS["base"]),
+              ("adt", "ADT", "10 steps", COLOURS["adt"]), ("adt", "ADT, tuned", "10 steps", "tab:cyan"),
+              ("add", "ADD", "1 step", COLOURS["add"]), ("add", "ADD, tuned", "1 step", "tab:orange")]
+    metrics_shown = [("fd", "eval classifier"), ("fd_efficientnet", "EfficientNet")]
+    for axes_row, (metric, title) in zip(panels, metrics_shown):
+        for axes, dataset_name in zip(axes_row, ("fashion", "glyphs")):
+            for method, label, config, colour in series:
+                rows = studies.get(f"{method}-{dataset_name}", [])
+                values = {}
+                for row_label, metrics in rows:
+                    row_label = re.sub(r", [\d,]+ training steps", "", row_label)
+                    if row_label in (f"base, {config}", f"{label}, {config}"):
+                        values.setdefault(metrics["minutes"] or 0., []).append(metrics[metric])
+                minutes = sorted(values)
+                means = [sum(values[m]) / len(values[m]) for m in minutes]
+                below = [mean - min(values[m]) for mean, m in zip(means, minutes)]
+                above = [max(values[m]) - mean for mean, m in zip(means, minutes)]
+                axes.errorbar(minutes, means, [below, above], marker="o", ms=4, lw=1, ls=":", capsize=2,
+                              color=colour, label=f"{label}, {config}")
+                for _, metrics in rows[-1:]:                           # real images
+                    axes.axhline(metrics[metric], color="k", lw=4, alpha=.1)
+            axes.set(yscale="log", ylabel=f"Fréchet distance, {title}")
+    for axes, dataset_name in zip(panels[0], ("fashion", "glyphs")):
+        axes.set_title(dataset_name)
+    for axes in panels[1]:
+        axes.set_xlabel("training time on one core, minutes")
+    for axes_row, ticks in zip(panels, ((1, 2, 5, 10, 20, 50), (10, 20, 50, 100, 200, 500, 1000))):
+        for axes in axes_row:
+            set_log_ticks(axes.yaxis, ticks)
+    panels[0, 0].legend(fontsize=FONT_SIZE)
     figure.tight_layout()
     return figure
 
@@ -310,7 +322,8 @@ def is_up_to_date(plot_fn, path):
 
 # ------------------------------------------------------------------------------------------------- tables
 
-COLUMNS = "paper", "fd", "fd_excess", "accuracy", "precision", "recall", "minutes"
+COLUMNS = ("paper", "fd", "accuracy", "precision", "recall", "fd_efficientnet", "sw_patch", "auc",
+           "caption_variance", "minutes")
 TABLE_RE = re.compile(r"(<!-- study (\S+): (.*?) -->\n).*?(?=<!-- end -->)", re.S)
 
 

@@ -25,9 +25,9 @@ NUM_TEST_IMAGES = 20000                                 # from which captions wi
 NUM_CAPTIONS, IMAGES_PER_CAPTION = 20, 12               # for the variance within a caption
 
 
-def draw_real(dataset, n, split):
+def draw_real(dataset, n, split, seed):
     """Up to n different real images -> images, captions. Glyphs are rendered in parts, to save memory."""
-    generator = torch.Generator().manual_seed(REAL_SEED)
+    generator = torch.Generator().manual_seed(seed)
     available = dataset.split_sizes[split]
     if available is not None:
         batch = dataset.sample_batch(min(n, available), generator, split)
@@ -41,8 +41,8 @@ class RepeatedCaptions:
     """The captions that most real images share, IMAGES_PER_CAPTION times each, and the variance of the real
     images within these captions."""
 
-    def __init__(self, dataset):
-        images, captions = draw_real(dataset, NUM_TEST_IMAGES, "test")
+    def __init__(self, dataset, seed):
+        images, captions = draw_real(dataset, NUM_TEST_IMAGES, "test", seed)
         common = [caption for caption, n in Counter(captions).most_common(NUM_CAPTIONS) if n > 1]
         self.captions = common * IMAGES_PER_CAPTION
         rows = [i for i, caption in enumerate(captions) if caption in common]
@@ -55,29 +55,32 @@ class RepeatedCaptions:
 
 
 class PanelEvaluator:
-    """The tables' metrics, the panel, and the variance within a caption, for one data set."""
+    """The tables' metrics, the panel, and the variance within a caption, for one data set. seed: of the real
+    images and their captions."""
 
-    def __init__(self, dataset, n, weights_dir=None):
-        self.evaluator = evaluate.Evaluator(dataset, n, seed=REAL_SEED, weights_dir=weights_dir)
+    def __init__(self, dataset, n, weights_dir=None, seed=REAL_SEED):
+        self.evaluator = evaluate.Evaluator(dataset, n, seed=seed, weights_dir=weights_dir)
         self.captions = self.evaluator.captions
         sizes = dataset.split_sizes
         has_unseen_images = sizes["train"] is None or sizes["train"] != sizes["test"]
         train = None
         if has_unseen_images:
-            train, _ = draw_real(dataset, NUM_TRAIN_IMAGES[sizes["train"] is None], "train")
+            train, _ = draw_real(dataset, NUM_TRAIN_IMAGES[sizes["train"] is None], "train", seed)
         self.panel = Panel(self.evaluator.reference_batch.image, self.evaluator.eval_batch.image,
                            load_efficientnet().extract_features, train)
-        self.repeated = RepeatedCaptions(dataset)
+        self.repeated = RepeatedCaptions(dataset, seed)
         self.real_metrics = {**self.evaluator.real_metrics, **self.panel.real_metrics}
         if self.repeated.real_variance:
             self.real_metrics["caption_variance"] = 1.
 
+    def compute_metrics(self, images):
+        """Batches of images made for self.captions -> {metric: value}."""
+        images = torch.cat(list(images))
+        return {**self.evaluator.compute_metrics(images), **self.panel.compute_metrics(images)}
+
     def measure(self, model, num_steps, seed, settings):
-        """A model sampled in num_steps -> {metric: value}."""
-        label = f"sampling ({plotting.format_steps(num_steps)})"
-        batches = evaluate.sample_batches(model, self.captions, num_steps, seed=seed, **settings)
-        images = torch.cat(list(plotting.show_progress(batches, len(self.captions), label)))
-        scores = {**self.evaluator.compute_metrics(images), **self.panel.compute_metrics(images)}
+        """A model sampled in num_steps -> {metric: value}. seed: of the noise."""
+        scores = evaluate.evaluate_model(self, model, num_steps, seed=seed, **settings)
         if self.repeated.real_variance:
             scores["caption_variance"] = self.repeated.relative_variance(model, num_steps, seed=seed + 1,
                                                                          **settings)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import data
 import train
-from evaluate import Evaluator, evaluate_model
 from models.loading import load_model
+from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
 from utils.failures import clear_exit
@@ -50,13 +50,12 @@ class Study:
     rows: list
     base_configs: list                                                 # with which the base is measured
     run_configs: list | None = None                                    # of every run; default: the run's own
-    extra_configs: list = field(default_factory=list)                  # of the first seed's runs, in addition
     seeds: int = 1
 
 
+REAL_SEED, NOISE_SEED = 1234, 0                         # those of evaluate.py; scripts/panel.py uses others
+
 TEN_STEPS = [(10, {})]
-EXTRA_CONFIGS = [(4, {}), (20, {}), (10, {"timestep_shift": 3.}), (10, {"stochasticity": .5}),
-                 (10, {"guidance_scale": 2.})]
 
 # paper_value: FID (lower is better) / CLIP score (higher is better) on COCO with one student step.
 # With lambda_distill = 2.5 the gradient of the adversarial loss is 50 times that of the distillation loss, so
@@ -96,9 +95,8 @@ STUDIES = {
         Experiment("ADT + paths from noise", [NOISE], recipe="paper"),
         Experiment("ADT + paths from noise + whitened features", [NOISE, WHITEN], recipe="paper"),
         Experiment("ADT, tuned"),
-        Experiment("ADT, tuned, 900 training steps", steps=900)],
-        base_configs=[*TEN_STEPS, *EXTRA_CONFIGS, (50, {}), (50, {"guidance_scale": 2.})],
-        run_configs=TEN_STEPS, extra_configs=EXTRA_CONFIGS, seeds=3),
+        Experiment("ADT, tuned, 600 training steps", steps=600)],
+        base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
     "adt-discriminators": Study([
         Experiment("ordered (paper)", recipe="paper"),
         *(Experiment(kind, [f"discriminator={kind}"], recipe="paper")
@@ -122,11 +120,12 @@ STUDIES = {
         base_configs=TEN_STEPS, run_configs=TEN_STEPS),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
+        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
         Experiment("ADD + differences of logits", DIFFERENCES, "add", recipe="paper"),
         Experiment("ADD + differences of logits + own samples", DIFFERENCES + OWN_SAMPLES, "add",
                    recipe="paper"),
         Experiment("ADD, tuned", method="add"),
-        Experiment("ADD, tuned, 4,000 training steps", ["lr=5e-5", "pure_noise_prob=.75"], "add", 4000)],
+        Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
@@ -179,7 +178,7 @@ def cached_metrics(path, evaluator, configs, load_fn):
         if key not in cached:
             if model is None:
                 model, further_metrics = load_fn()
-            cached[key] = {**evaluate_model(evaluator, model, num_steps, **settings), **further_metrics}
+            cached[key] = {**evaluator.measure(model, num_steps, NOISE_SEED, settings), **further_metrics}
             checkpoint.atomic_write_text(path, json.dumps(cached, indent=1) + "\n")
         yield label, cached[key]
 
@@ -211,9 +210,7 @@ def collect_results(args, study, dataset, evaluator):
     for seed, experiment in itertools.product(range(args.seeds or study.seeds), study.rows[:args.max_rows]):
         steps = args.steps or experiment.steps or train.METHODS[experiment.method].default_steps
         name = run_name(experiment, dataset.name, steps, seed)
-        configs = [*(study.run_configs or own_configs(experiment))]
-        if seed == 0:
-            configs += study.extra_configs
+        configs = study.run_configs or own_configs(experiment)
         load_fn = partial(train_or_load, experiment, args.data, seed, steps, runs_dir / name)
         if args.no_train:
             load_fn = None
@@ -273,7 +270,7 @@ def main(argv=None):
     with clear_exit(parser, "run_study.py"):
         check_args(args, output_dir)
         dataset = data.build_dataset(args.data)
-        evaluator = Evaluator(dataset, args.eval_samples)
+        evaluator = PanelEvaluator(dataset, args.eval_samples, seed=REAL_SEED)
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)
         try:
             rows = collect_results(args, STUDIES[args.study], dataset, evaluator)
