@@ -122,12 +122,9 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
 # The default is "paper": the settings above. "tuned": a hinge on the difference of two logits teaches more
 # than one on each; half of the batch starts at pure noise, as sampling does, and half of the rest from the
-# student's own samples; a discriminator that knows the timestep can ask for the sharpness of each; a mean
-# over heads, a stronger R1 on fewer images; the rest as in adt.py. Gains: docs/results.md.
+# student's own samples; whitened features as in adt.py. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
-    "relativistic": True, "head_reduction": "mean", "r1_gamma": 2e-4, "t_max": .9, "pure_noise_prob": .5,
-    "backward_simulation_prob": .5, "disc_conditioning": "text+image+time", "whiten_features": True,
-    "instance_noise": .05}}
+    "relativistic": True, "pure_noise_prob": .5, "backward_simulation_prob": .5, "whiten_features": True}}
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
 # The paper states no rates and no length. The batch of a step is batch_size times

@@ -96,13 +96,11 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         return discriminator.SiameseDiscriminator(backbone, self.discriminator, text_dim)
 
 
-# The default is "paper": the settings above. "tuned": a comparison of two logits instead of features, and
-# every path from pure noise, where the tiny model has most to correct; in whitened features all directions
-# train equally fast; weak augmentation and a little noise hide from the discriminator what is no error of an
-# image, a tint and the last digit of flat backgrounds. Gains: docs/results.md.
+# The default is "paper": the settings above. "tuned": a comparison of two logits instead of features, every
+# path from pure noise, where the tiny model has most to correct, and whitened features, in which all
+# directions train equally fast. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
-    "discriminator": "relativistic", "rollout_start": "noise", "whiten_features": True,
-    "instance_noise": .05}}
+    "discriminator": "relativistic", "rollout_start": "noise", "whiten_features": True}}
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
 # CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px. Its

@@ -23,8 +23,8 @@ from utils.distributed import all_reduce_sum_, clip_grad_norm
 from utils.training_state import DIAGNOSE_WINDOW, TrainingState, prepare_networks
 
 METHODS = {
-    "adt": Method(adt, default_steps=200, lora_rank=128, presets=adt.PRESETS, max_resolution={"sdxl": 512}),
-    "add": Method(add, default_steps=300, large_steps=10000, lora_targets="all", presets=add.PRESETS,
+    "adt": Method(adt, default_steps=300, lora_rank=128, presets=adt.PRESETS, max_resolution={"sdxl": 512}),
+    "add": Method(add, default_steps=400, large_steps=10000, lora_targets="all", presets=add.PRESETS,
                   max_resolution=dict.fromkeys(loading.MODEL_FAMILIES, 512)),
     "diffusion": Method(adt, default_steps=1000, fixed={"lambda_adv": 0.0}, presets=adt.DIFFUSION_PRESETS)}
 MODELS = ["tiny", *loading.MODEL_FAMILIES]

@@ -61,7 +61,7 @@ TEN_STEPS = [(10, {})]
 # With lambda_distill = 2.5 the gradient of the adversarial loss is 50 times that of the distillation loss, so
 # the variants of the distillation loss are compared with a higher weight.
 HIGH_LAMBDA = "lambda_distill=50"
-TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value, "paper")
+TABLE_1 = [Experiment(label, overrides, "add", None, paper_value, "paper")
            for label, overrides, paper_value in [
     ("backbone: ViT (paper)", [], "DINOv2-S 20.6 / .319"),
     ("backbone: CNN", ["backbone=cnn"], "CLIP-L 23.3 / .308"),
@@ -84,8 +84,8 @@ TABLE_1 = [Experiment(label, overrides, "add", 300, paper_value, "paper")
 
 # From the method as published to the recipe "tuned", one change after the other.
 NOISE, WHITEN, FIVE_STEPS = "rollout_start=noise", "whiten_features=true", "num_inference_steps=5"
-DIFFERENCES = ["relativistic=true", "head_reduction=mean", "r1_gamma=2e-4"]
-OWN_SAMPLES = ["t_max=.9", "pure_noise_prob=.5", "backward_simulation_prob=.5"]
+DIFFERENCES = ["relativistic=true"]
+OWN_SAMPLES = ["pure_noise_prob=.5", "backward_simulation_prob=.5"]
 
 STUDIES = {
     "adt": Study([
@@ -95,7 +95,7 @@ STUDIES = {
         Experiment("ADT + paths from noise", [NOISE], recipe="paper"),
         Experiment("ADT + paths from noise + whitened features", [NOISE, WHITEN], recipe="paper"),
         Experiment("ADT, tuned"),
-        Experiment("ADT, tuned, 600 training steps", steps=600)],
+        Experiment("ADT, tuned, 900 training steps", steps=900)],
         base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
     "adt-discriminators": Study([
         Experiment("ordered (paper)", recipe="paper"),

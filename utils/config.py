@@ -34,7 +34,7 @@ class Method(NamedTuple):
 class TrainConfig:
     """Batches, optimisers (AdamW), EMA; _d: of the discriminator, without weight decay."""
 
-    batch_size: Annotated[int, "ours: images per micro-batch"] = 32
+    batch_size: Annotated[int, "ours: images per micro-batch"] = 16
     gradient_accumulation_steps: Annotated[int, "ours: micro-batches per step and process"] = 1
     lr: Annotated[float, "ours: learning rate of the generator"] = 1e-4
     lr_schedule: Annotated[Literal["linear", "cosine", "constant"],
