@@ -120,12 +120,12 @@ STUDIES = {
         base_configs=TEN_STEPS, run_configs=TEN_STEPS),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
-        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
         Experiment("ADD + differences of logits", DIFFERENCES, "add", recipe="paper"),
         Experiment("ADD + differences of logits + own samples", DIFFERENCES + OWN_SAMPLES, "add",
                    recipe="paper"),
         Experiment("ADD, tuned", method="add"),
-        Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000)],
+        Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000),
+        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper")],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
