@@ -40,8 +40,6 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     student_steps: Annotated[int, "paper: n, number of student timesteps; the last is pure noise"] = 4
     r1_gamma: Annotated[float, "paper: weight of R1 on the heads' inputs"] = 1e-5
-    head_reduction: Annotated[Literal["mean", "sum"],
-                              "paper: of the adversarial losses over the heads"] = "sum"
     relativistic: Annotated[bool, "paper: false, a hinge of each image; true: of D(real) - D(fake)"] = False
     # student
     t_max: Annotated[float, "ours: timestep, alpha and sigma at pure noise, fraction of T"] = T_MAX_FLOW
@@ -240,8 +238,7 @@ def generator_loss(model, teacher, disc, batch, config):
     losses_dict = {}
     if config.lambda_adv:
         logits_fake = disc(None, *augment_alike([fake], config), disc_cond)
-        losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(
-            logits_fake, config.head_reduction)                        # ADD eq. 2
+        losses_dict["adv"] = config.lambda_adv * losses.hinge_generator(logits_fake, "sum")  # ADD eq. 2
     if config.lambda_distill:
         target, weight = distillation_target(teacher, x0_hat.detach(), cond, config)
         pred = x0_hat
@@ -264,8 +261,7 @@ def discriminator_loss(disc, inputs, config):
         differences = [d_real - d_fake for d_real, d_fake in zip(logits_real, logits_fake)]
         logits_real = differences
         logits_fake = [-d for d in differences]
-    hinge = (losses.hinge_real(logits_real, config.head_reduction)
-             + losses.hinge_fake(logits_fake, config.head_reduction))
+    hinge = losses.hinge_real(logits_real, "sum") + losses.hinge_fake(logits_fake, "sum")
     losses_dict = {"d": hinge}                                         # ADD eq. 3, the hinge losses
     if config.r1_gamma:
         features = [f.detach().requires_grad_() for f in features]     # the heads' inputs, not the image

@@ -17,16 +17,16 @@ SOURCES = ["sampler.py", "losses.py", "discriminator.py", "adt.py", "add.py"]
 TAG_RE = re.compile(r"\b(ADT (?:path|start|constraint|similarity|comparison|L_diff|L_G|L_D)|ADD eq\. \d)\b")
 MEANING = {
     "ADT path": "x_t' = α_t' x̂0 + σ_t' ε̂: one step of the sampling path",
-    "ADT start": "t_s uniform over the path, x_ts = α x0 + σ ε: image-to-image; default: pure noise",
+    "ADT start": "t_s uniform over the path, x_ts = α x0 + σ ε: image-to-image; tuned: pure noise",
     "ADT constraint": "the network is called on sg[x_t], and K steps keep their graph",
-    "ADT similarity": "D(x, y) = cos(h_i(F_i x), h_i(F_i y)), scaled; the default for Stable Diffusion",
-    "ADT comparison": "D(x, y) = d(y | c) − d(x | c): relativistic; the default for tiny models",
+    "ADT similarity": "D(x, y) of the siamese kinds; ordered: ⟨g_i(x), h_i(y)⟩ − ⟨g_i(y), h_i(x)⟩",
+    "ADT comparison": "D(x, y) = d(y | c) − d(x | c): relativistic; tuned",
     "ADT L_diff": "‖y_θ(x_t, t, c) − (a x0 + b ε)‖²",
     "ADT L_G": "L_diff + λ · (−D(x0, x̂0))",
-    "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0]))",
+    "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0])); ordered: D(x̂0, x0) for D(x0, x0′)",
     "ADD eq. 1": "L = L_adv + λ L_distill",
-    "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]; tiny models: the mean over k (head_reduction)",
-    "ADD eq. 3": "hinge loss of the discriminator (default: relativistic) + γ R1 on the inputs of the heads",
+    "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]",
+    "ADD eq. 3": "hinge loss of the discriminator (tuned: relativistic) + γ R1 on the inputs of the heads",
     "ADD eq. 4": "c(t) ‖x̂ − x̂_ψ(sg[x̂_t]; t)‖²: score distillation",
 }
 

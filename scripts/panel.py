@@ -114,6 +114,7 @@ def measure_all(args):
     for item, (num_steps, settings) in models:
         item.model.requires_grad_(False)
         scores = panel_evaluator.measure(item.model, num_steps, args.seed, settings)
+        scores = {name: scores[name] for name in panel_evaluator.real_metrics}
         rows.append((f"{item.group}, {plotting.format_steps(num_steps)}", scores))
     return [*plotting.aggregate_seeds(rows), ("real images", panel_evaluator.real_metrics)]
 

@@ -163,7 +163,7 @@ def test_adapters_learn_faster_than_all_weights(method, model):
 def test_add_has_the_papers_settings_on_large_models():
     built = config.build_config(train.METHODS["add"], [], "sd15", True)
     notes = config.provenance(train.METHODS["add"], built, "sd15", True)
-    published = {"lambda_distill": 2.5, "r1_gamma": 1e-5, "head_reduction": "sum", "t_max": 1.,
+    published = {"lambda_distill": 2.5, "r1_gamma": 1e-5, "t_max": 1.,
                  "pure_noise_prob": 0., "backward_simulation_prob": 0., "relativistic": False,
                  "student_steps": 4, "disc_conditioning": "text+image", "distill_weighting": "exponential"}
     for name, value in published.items():
