@@ -58,14 +58,15 @@ FONT_FAMILIES = {  # family -> the fonts of its four styles: regular, bold, ital
 
 class Glyphs:
     """Captioned images without end, whose attributes are known exactly. The fonts are outlines: at another
-    resolution the same images are drawn, with the captions and the random numbers of those of 32 pixels."""
+    resolution the same images are drawn, with the captions and the random numbers of those of 32 pixels.
+    families: letters and digits in fonts of these FONT_FAMILIES only (default: everything)."""
     name = "glyphs"
-    fingerprint = "glyphs"
     split_sizes = {"train": None, "test": None, "held_out": None}    # None: no last image
     has_fixed_captions = False    # all_captions is not a list of every caption, but contains every word
 
-    def __init__(self, resolution=DEFAULT_RESOLUTION):
+    def __init__(self, resolution=DEFAULT_RESOLUTION, families=None):
         self.resolution = resolution
+        self.fingerprint = "glyphs" if families is None else f"glyphs:{','.join(sorted(families))}"
         characters = LETTERS + PICTOGRAMS
         self.shapes = [shape_name(c) for c in characters]
         self.attributes = {"shape": self.shapes, "foreground": list(COLOURS), "background": list(COLOURS),
@@ -87,6 +88,9 @@ class Glyphs:
         num_variants = torch.bincount(self.variants[:, 0])[self.variants[:, 0]].float()
         is_pictogram = self.variants[:, 1] < 0
         self.sampling_weights = is_pictogram.float() + ~is_pictogram * 2.4 / num_variants    # (V,)
+        if families is not None:
+            chosen = torch.tensor([list(FONT_FAMILIES).index(family) for family in families])
+            self.sampling_weights = self.sampling_weights * torch.isin(self.variants[:, 1], chosen)
         all_words = [*self.shapes, *COLOURS, *FONT_FAMILIES, "a an on background bold italic"]
         self.vocab = sorted({word for text in all_words for word in text.split()})
         self.all_captions = self.vocab
@@ -253,9 +257,24 @@ class Fashion:
 
 # ------------------------------------------------------------------------------------------ data sets by name
 
+def glyph_families(name):
+    """The font families in 'glyphs:FAMILY,FAMILY'; None for 'glyphs'. ValueError for unknown ones."""
+    if name == "glyphs":
+        return None
+    families = name.partition(":")[2].split(",")
+    unknown = [family for family in families if family not in FONT_FAMILIES]
+    if unknown:
+        raise ValueError(f"no font family '{printable(unknown[0])}' in '{printable(name)}': wanted some of "
+                         f"{', '.join(FONT_FAMILIES)}, separated by commas")
+    return families
+
+
 def dataset_name(name):
     """The name under which weights/ knows a data set; ValueError or OSError if there is no such data set, as
     far as can be told without a network."""
+    if name.startswith("glyphs:"):
+        glyph_families(name)
+        return "glyphs"
     if name in ("glyphs", "fashion"):
         return name
     source = hub_data.parse_source(name) if name else None
@@ -274,11 +293,12 @@ def dataset_name(name):
 
 def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random_crop=False,
                   bucket_multiple=None):
-    """A data set by its name, whose images get resolution x resolution pixels: 'glyphs', 'fashion', a folder,
-    a hub data set, or .tar shards. random_flip, random_crop: augment what training_batch returns.
-    bucket_multiple: its images get the shapes of aspect-ratio buckets, whose sides are multiples of this.
+    """A data set by its name, whose images get resolution x resolution pixels: 'glyphs', 'glyphs:FAMILIES',
+    'fashion', a folder, a hub data set, or .tar shards. random_flip, random_crop: augment what training_batch
+    returns. bucket_multiple: its images get the shapes of aspect-ratio buckets, whose sides are multiples of
+    this.
     ValueError or OSError with a sentence to show."""
-    if name in ("glyphs", "fashion"):
+    if name in ("glyphs", "fashion") or name.startswith("glyphs:"):
         if random_flip or random_crop:
             option = "--random-flip" if random_flip else "--random-crop"
             raise ValueError(f"{option} is for folders and hub data sets: the captions of {name} would not "
@@ -286,7 +306,7 @@ def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random
         if bucket_multiple:
             raise ValueError(f"--aspect-buckets is for folders and hub data sets: all images of {name} are "
                              "squares")
-        return Glyphs(resolution) if name == "glyphs" else Fashion()
+        return Fashion() if name == "fashion" else Glyphs(resolution, glyph_families(name))
     short_name = dataset_name(name)
     if name == DEFAULT_HUB_DATASET and distributed.get_rank() == 0:
         print_message(default_dataset_message())

@@ -16,12 +16,13 @@ WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 
 
 def weights_path(network_name, dataset_name, weights_dir=None):
-    """The file of a network: in weights_dir if it is there, else in the project's weights/DATA."""
+    """The file of a network: in weights_dir if it is there, else in the project's weights/DATA. A part of the
+    glyphs (glyphs:FAMILIES) has the networks of all glyphs."""
     if weights_dir:
         candidate = Path(weights_dir) / f"{network_name}.safetensors"
         if candidate.is_file():
             return candidate
-    return WEIGHTS_DIR / dataset_name / f"{network_name}.safetensors"
+    return WEIGHTS_DIR / dataset_name.partition(":")[0] / f"{network_name}.safetensors"
 
 
 def load_frozen(network_cls, path):
@@ -80,8 +81,8 @@ def load_model(model_name, dataset_name, pretrained=None, resolution=None, vae_p
                          "pixels a side")
     if pretrained and not Path(pretrained).exists():
         raise FileNotFoundError(f"--pretrained {pretrained}: no such file or folder")
-    path = Path(pretrained or WEIGHTS_DIR / dataset_name)
-    if not path.is_file():
+    path = Path(pretrained or weights_path("denoiser", dataset_name))
+    if pretrained and not path.is_file():
         path = path / "denoiser.safetensors"
     state, metadata = load_weights(path)
     vocab = metadata.get("vocab")

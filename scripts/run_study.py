@@ -4,6 +4,7 @@
     python -m scripts.run_study adt-discriminators     ADT with each discriminator
     python -m scripts.run_study adt-5-steps            ADT with a path of five steps
     python -m scripts.run_study adt-ablations          what each part of ADT is worth; 1 seed
+    python -m scripts.run_study adt-shifted            a base of sans-serif letters, tuned on other fonts
     python -m scripts.run_study add --data fashion     the teacher, ADD, its tuned recipe step by step
     python -m scripts.run_study add-table1             Table 1 of the ADD paper on small images; 1 seed
 
@@ -24,6 +25,7 @@ from pathlib import Path
 import data
 import train
 from models.loading import load_model
+from scripts import pretrain
 from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
@@ -51,6 +53,8 @@ class Study:
     base_configs: list                                                 # with which the base is measured
     run_configs: list | None = None                                    # of every run; default: the run's own
     seeds: int = 1
+    data: str | None = None                                            # trained on and measured with; --data
+    base_data: str | None = None                                       # the base is trained on this, first
 
 
 REAL_SEED, NOISE_SEED = 1234, 0                         # those of evaluate.py; scripts/panel.py uses others
@@ -118,6 +122,16 @@ STUDIES = {
             ("no augmentation", "augment_strength=0"),
             ("augmentation of full strength", "augment_strength=1")])],
         base_configs=TEN_STEPS, run_configs=TEN_STEPS),
+    "adt-shifted": Study([
+        Experiment("diffusion loss only, 1,000 training steps", method="diffusion", steps=1000,
+                   recipe="paper"),
+        Experiment("ADT", recipe="paper"),
+        Experiment("ADT, tuned"),
+        Experiment("ADT, 900 training steps", steps=900, recipe="paper"),
+        Experiment("diffusion loss only, 3,000 training steps", method="diffusion", steps=3000,
+                   recipe="paper")],
+        base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3,
+        data="glyphs:serif,roman", base_data="glyphs:sans,typewriter"),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
         Experiment("ADD + differences of logits", DIFFERENCES, "add", recipe="paper"),
@@ -133,8 +147,21 @@ STUDIES = {
 
 # ------------------------------------------------------------------------------------- training and measuring
 
-def train_or_load(experiment, data_name, seed, steps, run_dir):
-    """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time}."""
+BASE_STEPS = 8000                                       # of the base in a study with base_data
+
+
+def train_base(study, base_dir):
+    """Train, continue or reuse the base of a study with base_data -> base_dir. SystemExit if stopped."""
+    weights = base_dir / "denoiser.safetensors"
+    if not (weights.is_file() and checkpoint.load_weights(weights)[1]["steps"] == BASE_STEPS):
+        pretrain.main(["--data", study.base_data, "--network", "denoiser", "--steps", str(BASE_STEPS),
+                       "--output-dir", str(base_dir)])
+    return base_dir
+
+
+def train_or_load(experiment, data_name, seed, steps, run_dir, base_dir=None):
+    """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time}. base_dir: of a
+    base that is not in weights/."""
     weights = run_dir / "denoiser.safetensors"
     if not (weights.is_file() and checkpoint.load_weights(weights)[1]["steps"] == steps):
         cli_args = ["--steps", str(steps), "--eval-samples", "0"]
@@ -143,6 +170,8 @@ def train_or_load(experiment, data_name, seed, steps, run_dir):
         else:
             cli_args += ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
                          "--seed", str(seed), "--output-dir", str(run_dir), "--overwrite"]
+            if base_dir:
+                cli_args += ["--pretrained", str(base_dir)]
             for override in experiment.overrides:
                 cli_args += ["--set", override]
         train.main(cli_args)
@@ -201,17 +230,22 @@ def own_configs(experiment):
 def collect_results(args, study, dataset, evaluator):
     """Train and measure what is missing -> [(label, metrics)], the rows of the table before seeds are
     averaged. Minutes are those of a recipe's quickest run, since runs may have shared the machine."""
-    runs_dir = Path(args.output_dir, "runs")
-    base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name), {})
+    runs_dir, data_name = Path(args.output_dir, "runs"), (study.data or args.data)
+    file_name = study.data.replace(":", "-") if study.data else dataset.name
+    base_dir = None
+    if study.base_data:
+        base_dir = runs_dir / f"base-{study.base_data.replace(':', '-')}"
+        if not args.no_train:
+            train_base(study, base_dir)
+    base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name, base_dir), {})
     rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
-            cached_metrics(runs_dir / f"base-{dataset.name}.json", evaluator, study.base_configs,
-                           base_load_fn)]
+            cached_metrics(runs_dir / f"base-{file_name}.json", evaluator, study.base_configs, base_load_fn)]
     run_rows, minutes_per_step = [], {}
     for seed, experiment in itertools.product(range(args.seeds or study.seeds), study.rows[:args.max_rows]):
         steps = args.steps or experiment.steps or train.METHODS[experiment.method].default_steps
-        name = run_name(experiment, dataset.name, steps, seed)
+        name = run_name(experiment, file_name, steps, seed)
         configs = study.run_configs or own_configs(experiment)
-        load_fn = partial(train_or_load, experiment, args.data, seed, steps, runs_dir / name)
+        load_fn = partial(train_or_load, experiment, data_name, seed, steps, runs_dir / name, base_dir)
         if args.no_train:
             load_fn = None
         for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
@@ -269,11 +303,12 @@ def main(argv=None):
     command = shlex.join(["python", "-m", "scripts.run_study", *(sys.argv[1:] if argv is None else argv)])
     with clear_exit(parser, "run_study.py"):
         check_args(args, output_dir)
-        dataset = data.build_dataset(args.data)
+        study = STUDIES[args.study]
+        dataset = data.build_dataset(study.data or args.data)
         evaluator = PanelEvaluator(dataset, args.eval_samples, seed=REAL_SEED)
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)
         try:
-            rows = collect_results(args, STUDIES[args.study], dataset, evaluator)
+            rows = collect_results(args, study, dataset, evaluator)
         except KeyboardInterrupt:
             parser.exit(130, f"\nrun_study.py: stopped, metrics are saved; continue with: {command}\n")
         except SystemExit as stop:                                     # of train.py: stopped, or failed

@@ -40,7 +40,8 @@ COMMAND_LINES = {  # main: arguments, separated by | or a line break
         --set batch_size=100000000000 | --model sd15 | --method ADT | --model dalle
         --model sd15 --pretrained nowhere | --model sd15 --pretrained .
         --model sdxl --pretrained nobody | --model sd3 --resolution 100 --pretrained .
-        --data cats | --data /dev/null | --data README.md | --data ../.. | --steps 0 | --steps -3
+        --data cats | --data glyphs: | --data glyphs:gothic | --data /dev/null | --data README.md
+        --data ../.. | --steps 0 | --steps -3
         --steps 1.5 | --steps many | --steps 99999999999999999999x | --eval-samples 3 | --eval-samples -1
         --eval-samples x | --seed x | --seed -1 | --set | --set batch_size | --set =3 | --set batch_size=
         --set batch_size=3=4 | --set lambda=1 | --set __class__=1 | --lora-rank x | --lora-rank -4

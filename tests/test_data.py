@@ -83,6 +83,16 @@ def test_captions_state_the_mentioned_attributes_and_no_others(glyphs):
     assert 0 < (~batch.mentioned[:, 1]).float().mean() < .5
 
 
+def test_a_part_of_the_glyphs_has_letters_in_its_fonts_only(glyphs):
+    families = list(data.FONT_FAMILIES)
+    part = data.build_dataset("glyphs:serif,typewriter")
+    batch = part.sample_batch(200, seeded())
+    assert {families[i] for i in batch.attributes[:, 3].tolist()} == {"serif", "typewriter"}  # no pictograms
+    assert part.vocab == glyphs.vocab                                  # one text encoder for all parts
+    assert data.dataset_name("glyphs:serif") == part.name == "glyphs"  # the networks of all glyphs
+    assert part.fingerprint == data.build_dataset("glyphs:typewriter,serif").fingerprint != glyphs.fingerprint
+
+
 def test_foreground_and_background_differ(glyphs):
     for split in ("train", "held_out"):
         attributes = glyphs.sample_batch(2000, seeded(), split).attributes

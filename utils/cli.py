@@ -27,8 +27,9 @@ def make_parser(description, methods, models):
     parser.add_argument("--model", help=f"{', '.join(models)} (default: tiny)")
     parser.add_argument("--recipe", help="paper: the method as published (default); tuned: with the changes "
                         "that gave better images here")
-    parser.add_argument("--data", help="glyphs (default), fashion, a folder of captioned images, a data "
-                        "set's hub id (OWNER/NAME or OWNER/NAME@SPLIT), or WebDataset shards "
+    parser.add_argument("--data", help="glyphs (default), glyphs:FAMILY,FAMILY (letters in these fonts: sans,"
+                        " serif, roman, typewriter), fashion, a folder of captioned images, a data set's hub "
+                        "id (OWNER/NAME or OWNER/NAME@SPLIT), or WebDataset shards "
                         "('shards/{000..012}.tar') (default of Stable Diffusion: a small set from the hub)")
     parser.add_argument("--random-flip", action="store_true", default=None, help="mirror half of the "
                         "training images (not where captions say left or right, or for text)")
