@@ -36,7 +36,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     rollout_start: Annotated[Literal["image", "noise"],
                              "paper: a noised real image or pure noise"] = "image"
     num_inference_steps: Annotated[int, "ours: sampler steps of the path"] = 10
-    num_grad_steps: Annotated[int, "ours: K, how many of the executed steps keep their graph"] = 2
+    num_grad_steps: Annotated[int, "ours: K, how many of the steps of an image keep their graph"] = 2
     lr: Annotated[float, "ours: learning rate of the generator"] = 2e-4
     # the rest
     grad_step_selection: Annotated[Literal["strided", "last", "random", "all"],
@@ -152,7 +152,7 @@ def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
     from noise, and run the sampler to the end -> x0_hat (B, C, h, w), with the truncated gradient.
 
     generator: draws starts and K steps. It is the same for all micro-batches, so that every process calls the
-    network equally often. The K steps are spread over the steps of the image that starts first."""
+    network equally often."""
     timesteps = config.timesteps(model.T)
     eps = torch.randn_like(x0)
     starts = torch.zeros(len(x0), dtype=torch.long)
@@ -160,12 +160,10 @@ def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
     if config.rollout_start == "image":
         starts = sampler.stratified_starts(len(timesteps), len(x0), generator)
         x = model.add_noise(x0, timesteps[starts].to(x0.device), eps)  # ADT start: t_s uniform over the path
-    first = int(starts[0])
-    grad_steps = sampler.select_grad_steps(len(timesteps) - first, config.num_grad_steps,
-                                           config.grad_step_selection, generator)
-    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale,
-                           {first + i for i in grad_steps}, config.input_grad_scale,
-                           config.checkpoint_rollout, starts=starts)
+    grad_steps = sampler.select_grad_steps_of_batch(len(timesteps), starts, config.num_grad_steps,
+                                                    config.grad_step_selection, generator)
+    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale, grad_steps,
+                           config.input_grad_scale, config.checkpoint_rollout, starts=starts)
 
 
 def generator_loss(model, teacher, disc, batch, config):

@@ -51,10 +51,34 @@ def select_grad_steps(n, k, selection="strided", generator=None):
 
 
 def stratified_starts(n, batch_size, generator=None):
-    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. Each position
-    is uniformly distributed; together they cover the path evenly, so every batch makes as many calls."""
+    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. That of an
+    image chosen at random is uniform; together they cover the path evenly, so the cost of batches varies
+    little."""
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     return ((torch.arange(batch_size) + offset) * n / batch_size).long()
+
+
+def select_grad_steps_of_batch(n, starts, k, selection="strided", generator=None):
+    """select_grad_steps for images that join a path of n steps at `starts` (B,): K of the steps that each one
+    takes -> (n, B) bool. Images with equal starts have the same, so that the network is called less often."""
+    keeps_graph = torch.zeros(n, len(starts), dtype=torch.bool)
+    for start in starts.unique().tolist():
+        for i in select_grad_steps(n - start, k, selection, generator):
+            keeps_graph[start + i] |= starts == start
+    return keeps_graph
+
+
+def predict_truncated(predict, keeps_graph, x, t, cond, *guidance):
+    """One network call for the images that keep their graph, keeps_graph (B,) bool, and one for the others,
+    whose output is a constant -> y (B, C, h, w)."""
+    outputs, rows = [], []
+    for has_graph in (True, False):
+        part = (keeps_graph == has_graph).nonzero().flatten()
+        if len(part):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
+                outputs.append(predict(x[part], t[part], {k: v[part] for k, v in cond.items()}, *guidance))
+            rows.append(part)
+    return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_steps=(), input_grad_scale=0.0,
@@ -65,7 +89,8 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     timesteps: (n,) decreasing indices, or (n, B), a path for each sample
     starts: (B,) ascending positions in timesteps (n,); image b joins the path there, from x[b]. None: all
     images take all steps
-    grad_steps: positions in timesteps whose network call keeps its graph; elsewhere its output is a constant
+    grad_steps: positions in timesteps whose network call keeps its graph, a set or, for each image its own,
+    (n, B) bool; elsewhere the network's output is a constant
     input_grad_scale: gradient let through the network's input; 0 is ADT's rule; 1, with all steps in
     grad_steps, is plain backpropagation
     checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time; it
@@ -75,6 +100,8 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     if not 0 <= stochasticity <= 1:
         raise ValueError(f"stochasticity is a fraction from 0 to 1, not {stochasticity}")
     starts = torch.zeros(len(x), dtype=torch.long) if starts is None else starts
+    if not torch.is_tensor(grad_steps):
+        grad_steps = torch.tensor([[i in grad_steps] for i in range(len(timesteps))]).expand(-1, len(x))
     for i, t in enumerate(timesteps):
         num_active = int((starts <= i).sum())                          # the first images of the batch
         if num_active == 0:
@@ -82,14 +109,13 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
         x_t = x[:num_active]
         t = t.to(x.device).expand(num_active)
         t_next = timesteps[i + 1:i + 2].to(x.device) if i + 1 < len(timesteps) else None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i in grad_steps):
-            if input_grad_scale == 0:
-                x_in = x_t.detach()                                    # ADT constraint: sg[x_t]
-            else:
-                x_in = x_t.detach() + input_grad_scale * (x_t - x_t.detach())
-            predict = model.predict_recomputed if checkpointing else model.predict
-            with model.precision_for(t, t_next, stochasticity):
-                y = predict(x_in, t, {k: v[:num_active] for k, v in cond.items()}, uncond, guidance_scale)
+        x_in = x_t.detach()                                            # ADT constraint: sg[x_t]
+        if input_grad_scale:
+            x_in = x_in + input_grad_scale * (x_t - x_in)
+        predict = model.predict_recomputed if checkpointing else model.predict
+        with model.precision_for(t, t_next, stochasticity):
+            y = predict_truncated(predict, grad_steps[i, :num_active], x_in, t,
+                                  {k: v[:num_active] for k, v in cond.items()}, uncond, guidance_scale)
         x0, eps = model.to_x0_eps(x_t, y, t)                           # linear in x_t, which keeps its graph
         if callback is not None:
             callback(i, x0)

@@ -89,6 +89,44 @@ def test_the_gradient_of_an_image_is_that_of_its_own_path(toy):
         torch.testing.assert_close(together, torch.autograd.grad(x0.sum(), model.network.weight)[0])
 
 
+@pytest.mark.equation("ADT constraint")
+def test_every_image_has_k_steps_of_its_own(toy):
+    """Its gradient is that of its own path with its own steps, and a step calls the network once for the
+    images with a graph and once for the others."""
+    model, x, starts = toy(), randn(3, 2, 4, 4), torch.tensor([0, 0, 2])
+    timesteps, cond = sampler.make_timesteps(1000, 5), model.encode_prompts(["a", "bc", "d"])
+    keeps_graph = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]]).bool()
+    x0 = sampler.rollout(model, x, timesteps, cond, starts=starts, grad_steps=keeps_graph,
+                         checkpointing=False)
+    assert [(len(x), has_graph) for x, _, has_graph in model.calls] == [
+        (2, True), (2, False), (2, True), (1, False), (1, True), (2, False), (1, True), (2, False)]
+    for b, start in enumerate(starts):
+        together = torch.autograd.grad(x0[b].sum(), model.network.weight, retain_graph=True)[0]
+        own = {i - int(start) for i in range(5) if keeps_graph[i, b]}
+        own_cond = {key: value[b:b + 1] for key, value in cond.items()}
+        alone = sampler.rollout(model, x[b:b + 1], timesteps[start:], own_cond, grad_steps=own,
+                                checkpointing=False)
+        torch.testing.assert_close(x0[b:b + 1], alone)
+        torch.testing.assert_close(together, torch.autograd.grad(alone.sum(), model.network.weight)[0])
+
+
+@pytest.mark.parametrize("selection", ["strided", "last", "random", "all"])
+def test_steps_of_a_batch_are_k_of_the_steps_that_each_image_takes(selection):
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.tensor([0, 0, 3, 6, 7])
+    counts = torch.zeros(8, 5)
+    for _ in range(500):
+        keeps_graph = sampler.select_grad_steps_of_batch(8, starts, 2, selection, generator)
+        taken = torch.arange(8)[:, None] >= starts
+        assert not (keeps_graph & ~taken).any()
+        expected = taken.sum(0) if selection == "all" else taken.sum(0).clamp(max=2)
+        assert (keeps_graph.sum(0) == expected).all()
+        assert (keeps_graph[:, 0] == keeps_graph[:, 1]).all()          # equal starts, one call
+        counts += keeps_graph
+    if selection in ("strided", "random"):                             # each of its steps equally often
+        assert (counts[:, 0] / 500 - 2 / 8).abs().max() < .1
+
+
 @pytest.mark.equation("ADT start")
 @pytest.mark.parametrize("n,batch_size", [(10, 32), (10, 4), (50, 4), (5, 1), (3, 3)])
 def test_stratified_starts_are_uniform_and_cover_the_path(n, batch_size):
