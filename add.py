@@ -22,9 +22,9 @@ import sampler
 from discriminator import DiscriminatorInputs, augment_alike
 from utils import config as settings
 
-# A student of a flow model that is told t = T, where alpha = 0, starts as the mean image and learns nothing
-# else for hundreds of steps. Stable Diffusion has alpha / sigma = .068 at T, so the tiny model is told the
-# time at which a flow has that: (1 - u) / u = .068.
+# At t = T a flow model has alpha = 0 and predicts the mean image of the caption; a student that starts there
+# ignores its noise for hundreds of steps. Stable Diffusion has alpha / sigma = .068 at T, so the tiny model
+# is given the time at which a flow has that: (1 - u) / u = .068.
 T_MAX_FLOW = 0.936
 NEGATIVE_PROMPT = "blurry, low quality, distorted"  # of nfsd with large models
 
@@ -40,12 +40,13 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
     student_steps: Annotated[int, "paper: n, number of student timesteps; the last is pure noise"] = 4
     r1_gamma: Annotated[float, "paper: weight of R1 on the heads' inputs"] = 1e-5
-    relativistic: Annotated[bool, "paper: false, a hinge of each image; true: of D(real) - D(fake)"] = False
+    relativistic: Annotated[bool, "paper: false, a hinge of each image; true (ours): of D(real) - "
+                            "D(fake)"] = False
     # student
     t_max: Annotated[float, "ours: timestep, alpha and sigma at pure noise, fraction of T"] = T_MAX_FLOW
     pure_noise_prob: Annotated[float, "paper: fraction of the batch at pure noise; 0 = 1/n"] = 0.0
-    backward_simulation_prob: Annotated[float, "paper: fraction of the other inputs that are noised student "
-                                        "samples instead of noised real images"] = 0.0
+    backward_simulation_prob: Annotated[float, "paper: 0, all other inputs are noised real images; above 0 "
+                                        "(ours, as DMD2): this fraction are noised student samples"] = 0.0
     # teacher
     distill_weighting: Annotated[Literal["exponential", "sds", "nfsd"],
                                  "paper: c(t); exponential in the ablations, nfsd in the released models"
@@ -55,8 +56,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     teacher_steps: Annotated[int, "paper: sampler steps of the teacher's prediction"] = 1
     teacher_guidance_scale: Annotated[float, "ours: classifier-free guidance of the teacher"] = 1.0
     # discriminator
-    disc_conditioning: Annotated[Literal["text+image", "text", "image", "none", "text+image+time"],
-                                 "paper: what D is conditioned on; time is ours"] = "text+image"
+    disc_conditioning: Annotated[Literal["text+image", "text", "image", "none"],
+                                 "paper: what D is conditioned on"] = "text+image"
 
     def __post_init__(self):
         settings.check_shared(self)
@@ -75,8 +76,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def eval_sampling_configs(self, base_guidance_scale=1.0):
         """What is measured after training: (before or after, number of steps, sampling settings). The teacher
-        samples deterministically, with the guidance that its users know; the student predicts x0, without
-        guidance, and noises it to the next timestep."""
+        samples deterministically with its usual guidance scale; the student predicts x0, without guidance,
+        and noises it to the next timestep."""
         student_steps = [n for n in sorted({1, 2, 4, self.student_steps}) if self.student_steps % n == 0]
         return ([("before", n, {"guidance_scale": base_guidance_scale}) for n in (1, 4, 25)]
                 + [("after", n, {"stochasticity": 1.0, "t_max": self.t_max}) for n in student_steps])
@@ -103,7 +104,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """Sentences to print before a large model is trained."""
         if self.t_max == 1 and model.prediction_type == "flow":
             return ["with t_max=1 the student's first prediction from pure noise is the mean image of its "
-                    "caption, since alpha is 0 there; if one-step samples stay alike, take --set t_max=.9"]
+                    "caption, since alpha is 0 there; if one-step samples stay alike, take --set t_max=.936"]
         return []
 
     def extra_prompts(self, model):
@@ -113,14 +114,14 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def build_discriminator(self, backbone, text_dim):
         """backbone: FrozenBackbone; text_dim: length of the captions' pooled embeddings."""
-        cond_dims = {"text": text_dim, "image": backbone.embed_dim, "time": self.student_steps, "none": 0}
+        cond_dims = {"text": text_dim, "image": backbone.embed_dim, "none": 0}
         cond_dim = sum(cond_dims[name] for name in self.disc_conditioning.split("+"))
         return discriminator.ProjectedDiscriminator(backbone, cond_dim)
 
 
-# The default is "paper": the settings above. "tuned": a hinge on the difference of two logits teaches more
-# than one on each; half of the batch starts at pure noise, as sampling does, and half of the rest from the
-# student's own samples; whitened features as in adt.py. Gains: docs/results.md.
+# The default is "paper": the settings above. "tuned": the hinge is taken of D(real) - D(fake); half of the
+# batch starts at pure noise, as sampling does, and half of the rest from the student's own samples; the
+# backbone's features are whitened. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
     "relativistic": True, "pure_noise_prob": .5, "backward_simulation_prob": .5, "whiten_features": True}}
 
@@ -128,7 +129,7 @@ RECIPES = {"paper": {}, "tuned": {
 # The paper states no rates and no length. The batch of a step is batch_size times
 # gradient_accumulation_steps; several processes divide it (utils/config.py, divide_batch).
 LARGE = {
-    "t_max": (1., "paper"), "augment_strength": (1., "secondary"), "instance_noise": (0., "ours"),
+    "t_max": (1., "paper"), "augment_strength": (1., "secondary"),
     "lr_schedule": ("constant", "secondary"),
     "batch_size": (4, "ours"), "gradient_accumulation_steps": (32, "ours"), "lr_d": (1e-4, "ours"),
     "ema_decay": (.999, "ours")}
@@ -143,10 +144,7 @@ PRESETS = {"sd15": LARGE, "sd15 lora": {"lr": (1e-4, "ours")}, "sd15 full": {"lr
 
 def student_prediction(model, x0, cond, config):
     """The student's prediction at a random student timestep -> x0_hat (B, C, h, w) with its graph;
-    step_index (B,), 0 = tau_n; hide_image (B,), True where x_s holds nothing of the real x0.
-
-    That is the case at pure noise, and with backward simulation, where x_s is made of the student's own
-    prediction at the previous timestep, as in sampling (DMD2)."""
+    hide_image (B,), True where x_s holds nothing of the real x0: at pure noise, with backward simulation."""
     timesteps = config.timesteps(model.T).to(x0.device)                # tau_n, ..., tau_1
     n = len(timesteps)
     p_pure_noise = config.pure_noise_prob or 1 / n
@@ -156,22 +154,25 @@ def student_prediction(model, x0, cond, config):
     is_pure_noise = step_index == 0
     eps = torch.randn_like(x0)
     is_simulated = ~is_pure_noise & (torch.rand(len(x0), device=x0.device) < config.backward_simulation_prob)
-    self_idx = is_simulated.nonzero().flatten()
-    if len(self_idx):
-        step_x0s = []
-        with torch.no_grad():
-            sampler.sample_few_step(model, torch.randn_like(x0[self_idx]), timesteps[:-1],
-                                    {k: v[self_idx] for k, v in cond.items()},
-                                    callback=lambda i, x0: step_x0s.append(x0))
-        x0_by_step = torch.stack(step_x0s)                             # (n - 1, B', C, h, w)
-        rows = torch.arange(len(self_idx), device=self_idx.device)
-        x0 = x0.index_copy(0, self_idx, x0_by_step[step_index[self_idx] - 1, rows])
+    if is_simulated.any():
+        x0 = simulate_backward(model, x0, cond, timesteps, step_index, is_simulated.nonzero().flatten())
     # zero terminal SNR: at tau_n the input is eps, whatever alpha_T the schedule has
     x_s = torch.where(is_pure_noise.view(-1, 1, 1, 1), eps, model.add_noise(x0, t_student, eps))
     with model.precision_for(t_student):
         y = model.predict(x_s, t_student, cond)
     x0_hat = model.to_x0_eps(x_s, y, t_student)[0]
-    return x0_hat, step_index, is_pure_noise.index_fill(0, self_idx, True)
+    return x0_hat, is_pure_noise | is_simulated
+
+
+@torch.no_grad()
+def simulate_backward(model, x0, cond, timesteps, step_index, rows):
+    """x0 (B, C, h, w) with the student's own prediction at the timestep before step_index (B,) in these rows,
+    as in few-step sampling (DMD2's backward simulation)."""
+    x0_by_step = []
+    sampler.rollout(model, torch.randn_like(x0[rows]), timesteps[:-1], {k: v[rows] for k, v in cond.items()},
+                    stochasticity=1., callback=lambda i, x0_hat: x0_by_step.append(x0_hat))
+    own_x0 = torch.stack(x0_by_step)[step_index[rows] - 1, torch.arange(len(rows), device=rows.device)]
+    return x0.index_copy(0, rows, own_x0)
 
 
 @torch.no_grad()
@@ -193,7 +194,8 @@ def distillation_target(teacher, x0_hat, cond, config):
 
 
 def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
-    """losses.nfsd_target from the teacher's eps for the empty, the real and the negative caption."""
+    """losses.nfsd_target from the teacher's eps for the empty, the real and the negative caption. Tiny models
+    do not know the words of the negative caption and get the empty one: delta_D = 0 for t >= T / 5."""
     def predict_eps(c):
         c = {**cond, **{k: v.expand_as(cond[k]) for k, v in c.items()}}
         with teacher.precision_for(t):
@@ -202,27 +204,23 @@ def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
     alpha, sigma = teacher.alpha_sigma(t)
     eps_uncond = predict_eps(uncond)
     eps_negative = eps_uncond
-    if teacher.is_large:                                               # tiny models do not know its words
+    if teacher.is_large:
         eps_negative = predict_eps(teacher.encode_prompts([NEGATIVE_PROMPT]))
     is_small_t = (t < teacher.T // 5).view(-1, 1, 1, 1)                # 200 of 1000
     return losses.nfsd_target(x0_hat, alpha, sigma, eps_uncond, predict_eps(cond), eps_negative, is_small_t)
 
 
-def discriminator_condition(disc, batch, cond, step_index, hide_image, config):
-    """c = (c_text, c_img, timestep), the same for the real and the generated image -> (B, C) or None.
+def discriminator_condition(disc, batch, cond, hide_image, config):
+    """c = (c_text, c_img), the same for the real and the generated image -> (B, C) or None.
 
     c_img is the backbone's embedding of the real image (the paper: DINOv2 ViT-L). Where the student has seen
     nothing of it (hide_image, (B,)), c_img is zero, for both images: otherwise its presence would give the
-    answer away. The timestep is a one-hot code: a discriminator without it rates the mixture of all student
-    steps, and one step stays blurred while four become too sharp."""
+    answer away."""
     names, cond_parts = config.disc_conditioning.split("+"), []
     if "text" in names:
         cond_parts.append(F.layer_norm(cond["pooled"].float(), cond["pooled"].shape[1:]))
     if "image" in names:
         cond_parts.append(disc.backbone.global_embedding(batch.image) * ~hide_image[:, None])
-    if "time" in names:
-        onehot_scale = cond_parts[0].shape[1] ** .5                    # same norm as the others
-        cond_parts.append(onehot_scale * F.one_hot(step_index, config.student_steps))
     return torch.cat(cond_parts, 1) if cond_parts else None
 
 
@@ -231,10 +229,10 @@ def generator_loss(model, teacher, disc, batch, config):
     with torch.no_grad():
         x0 = model.encode_batch(batch)
         cond = model.encode_prompts(batch.caption, batch.micro_cond)
-    x0_hat, step_index, hide_image = student_prediction(model, x0, cond, config)
+    x0_hat, hide_image = student_prediction(model, x0, cond, config)
     image = model.decode(x0_hat)                                       # (B, 3, H, W)
     fake = discriminator.clamp_straight_through(image)
-    disc_cond = discriminator_condition(disc, batch, cond, step_index, hide_image, config)
+    disc_cond = discriminator_condition(disc, batch, cond, hide_image, config)
     losses_dict = {}
     if config.lambda_adv:
         logits_fake = disc(None, *augment_alike([fake], config), disc_cond)
@@ -245,7 +243,7 @@ def generator_loss(model, teacher, disc, batch, config):
         if config.distill_space == "pixel":
             pred = image
             target = teacher.decode(target)
-        dist = losses.distillation_distance(config.distill_loss, pred, target.detach())
+        dist = losses.distillation_distance(config.distill_loss, pred, target)
         losses_dict["distill"] = config.lambda_distill * (weight * dist).mean()  # ADD eq. 4
     return losses_dict, DiscriminatorInputs(batch.image, fake, disc_cond)  # ADD eq. 1: the sum of both
 
@@ -255,7 +253,9 @@ def discriminator_loss(disc, inputs, config):
     their conditioning. relativistic: the logits are D(real) - D(fake) and its negative, so both hinges and
     both accuracies are equal; for the generator D(real) is a constant and its loss stays -D(fake)."""
     features = disc.backbone(*augment_alike([inputs.real], config))    # one (B, D, h, w) per layer
+    features = [f.detach().requires_grad_() for f in features]         # for R1: the heads' inputs
     logits_real = disc.logits(features, inputs.cond)
+    penalty = losses.r1_penalty(logits_real, features) if config.r1_gamma else None
     logits_fake = disc(None, *augment_alike([inputs.fake.detach()], config), inputs.cond)
     if config.relativistic:
         differences = [d_real - d_fake for d_real, d_fake in zip(logits_real, logits_fake)]
@@ -264,7 +264,5 @@ def discriminator_loss(disc, inputs, config):
     hinge = losses.hinge_real(logits_real, "sum") + losses.hinge_fake(logits_fake, "sum")
     losses_dict = {"d": hinge}                                         # ADD eq. 3, the hinge losses
     if config.r1_gamma:
-        features = [f.detach().requires_grad_() for f in features]     # the heads' inputs, not the image
-        penalty = losses.r1_penalty(disc.logits(features, inputs.cond), features)
         losses_dict["r1"] = config.r1_gamma * penalty                  # ADD eq. 3, R1
     return losses_dict, logits_real, logits_fake

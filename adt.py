@@ -31,10 +31,11 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     # the first ones to change
     discriminator: Annotated[Literal["similarity", "reference", "ordered", "difference", "relativistic",
                                      "projected"],
-                             "secondary: type of discriminator; the paper says siamese"] = "ordered"
+                             "ours: how D compares the pair; the paper says siamese, summaries "
+                             "similarity"] = "ordered"
     lambda_adv: Annotated[float, "ours: weight of the adversarial loss; 0 = diffusion loss only"] = 0.5
     rollout_start: Annotated[Literal["image", "noise"],
-                             "paper: a noised real image or pure noise"] = "image"
+                             "paper: image, a noised real image; noise, pure noise, is ours"] = "image"
     num_inference_steps: Annotated[int, "ours: sampler steps of the path"] = 10
     num_grad_steps: Annotated[int, "ours: K, how many of the steps of an image keep their graph"] = 2
     lr: Annotated[float, "ours: learning rate of the generator"] = 2e-4
@@ -65,7 +66,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
     def eval_sampling_configs(self, base_guidance_scale=1.0):
         """What is measured after training: (before or after, number of steps, sampling settings).
-        base_guidance_scale is not used: before and after have the guidance of the path."""
+        base_guidance_scale is not used: both are sampled with guidance_scale, as in training."""
         return [(label, self.num_inference_steps, {"guidance_scale": self.guidance_scale})
                 for label in ("before", "after")]
 
@@ -73,7 +74,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         """ValueError if the model cannot be trained with these settings."""
         if is_sharded:
             settings.check_sharded(self)
-        self.timesteps(model.T)
+        self.timesteps(model.T)                                        # ValueError if the path is impossible
 
     def warnings(self, model):
         """Sentences to print before a large model is trained."""
@@ -96,9 +97,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         return discriminator.SiameseDiscriminator(backbone, self.discriminator, text_dim)
 
 
-# The default is "paper": the settings above. "tuned": a comparison of two logits instead of features, every
-# path from pure noise, where the tiny model has most to correct, and whitened features, in which all
-# directions train equally fast. Gains: docs/results.md.
+# The default is "paper": the settings above. "tuned": two logits are compared instead of features, every path
+# starts from pure noise, and the backbone's features are whitened. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
     "discriminator": "relativistic", "rollout_start": "noise", "whiten_features": True}}
 
@@ -111,7 +111,7 @@ LARGE = {
     "guidance_scale": (7.5, "secondary"), "max_grad_norm": (.1, "secondary"), "beta1": (.9, "secondary"),
     "lr_schedule": ("constant", "secondary"), "batch_size": (4, "secondary"),
     "real_images": ("vae_reconstruction", "secondary"), "augment_strength": (1., "secondary"),
-    "instance_noise": (0., "ours"), "checkpoint_rollout": (True, "ours"), "warmup_steps_d": (100, "ours"),
+    "checkpoint_rollout": (True, "ours"), "warmup_steps_d": (100, "ours"),
     "ema_decay": (.999, "ours")}
 SD3 = {**LARGE, "num_inference_steps": (28, "ours"), "num_grad_steps": (5, "ours"), "batch_size": (1, "ours"),
        "guidance_scale": (7., "secondary"), "max_grad_norm": (.1, "ours"), "beta1": (.9, "ours"),
@@ -202,10 +202,11 @@ def discriminator_loss(disc, inputs, config):
     pair is the real image and the generated one. With an antisymmetric discriminator, D(x, y) = -D(y, x), the
     real pair is the fake pair in the other order: D says which of the two images is the real one."""
     real, fake = inputs.real, inputs.fake.detach()
-    if not disc.is_antisymmetric:
-        logits_real = disc(*augment_alike([real, real], config), inputs.cond)  # D(x0, x0')
-    logits_fake = disc(*augment_alike([real, fake], config), inputs.cond)  # D(x0, sg[x0_hat])
     if disc.is_antisymmetric:
+        logits_fake = disc(*augment_alike([real, fake], config), inputs.cond)  # D(x0, sg[x0_hat])
         logits_real = [-d for d in logits_fake]                        # D(sg[x0_hat], x0)
+    else:
+        logits_real = disc(*augment_alike([real, real], config), inputs.cond)  # D(x0, x0')
+        logits_fake = disc(*augment_alike([real, fake], config), inputs.cond)  # D(x0, sg[x0_hat])
     loss = losses.hinge_real(logits_real) + losses.hinge_fake(logits_fake)  # ADT L_D
     return {"d": loss}, logits_real, logits_fake

@@ -3,8 +3,8 @@
 A discriminator trained from scratch first has to learn features and gives useless gradients meanwhile; with a
 frozen backbone only the heads are trained. ADT's discriminator is siamese: D(real, fake) compares the
 generated image with a real one (SiameseDiscriminator). ADD's is projected: D(image, c) rates one image given
-its caption (ProjectedDiscriminator, Projected GAN and StyleGAN-T); with relativistic=True it returns the
-difference of two such logits.
+its caption (ProjectedDiscriminator, Projected GAN and StyleGAN-T). For ADT, relativistic=True returns the
+difference of the logits of a pair.
 
 Note: requires_grad_(False) on a discriminator freezes its parameters. Gradients with respect to its input
 image still flow, and the generator needs them.
@@ -83,8 +83,8 @@ class FrozenBackbone(nn.Module):
             setattr(self, f"feat_whiten{i}", whitening.float())
 
     def forward(self, image):
-        """(B, 3, H, W) -> one (B, D, h, w) per layer, in fp32: bf16 would lose the directions of small
-        variance before they are amplified."""
+        """(B, 3, H, W) -> one (B, D, h, w) per layer, in fp32: in bf16 whitening would amplify the
+        rounding errors of directions of small variance."""
         maps = self.normalized_maps(image)
         whitened = []
         with torch.autocast(image.device.type, enabled=False):
@@ -129,7 +129,7 @@ class Head(nn.Module):
         self.conv_out = normalize(nn.Conv2d(channels, out_channels, 1))
 
     def forward(self, x):
-        x = F.leaky_relu(self.norms[0](self.conv_in(x).float()), .2)   # fp32, as on a GPU: bf16 is slow here
+        x = F.leaky_relu(self.norms[0](self.conv_in(x).float()), .2)   # fp32; bf16 is slow on a CPU
         residual = F.leaky_relu(self.norms[1](self.conv(x).float()), .2)
         x = (x + residual) * .5 ** .5
         return self.conv_out(x).flatten(2).transpose(1, 2).float()     # (B, N, out_channels), fp32 from here
@@ -166,11 +166,11 @@ class SiameseDiscriminator(nn.Module):
       reference    <g(x) + W c, h(y)> / sqrt(channels)                       the real image is a condition
       ordered      (<g(x) + W c, h(y)> - <g(y) + W c, h(x)>) / sqrt(channels)
       difference   linear(|h(x) - h(y)|)                                     the classic siamese network
-    Where D only has to say whether two images are the same, the real image itself is what it wants from a
-    generator, which cannot know it; the generator's best answer is then the mean of what is possible. To the
-    ordered kind, D(x, y) = -D(y, x), both orders of a pair hold the same two images."""
+    A D that tests whether two images are equal is maximised by reproducing x0. The generator does not know
+    x0, and its best answer is the mean of all possible x0, a blurred image. The ordered kind is
+    antisymmetric, D(x, y) = -D(y, x): it decides which of two images is the real one."""
 
-    def __init__(self, backbone, kind="similarity", cond_dim=0, channels=64):
+    def __init__(self, backbone, kind, cond_dim=0, channels=64):
         super().__init__()
         if kind not in SIAMESE_KINDS:
             raise ValueError(f"unknown siamese discriminator '{kind}': wanted {', '.join(SIAMESE_KINDS)}")
@@ -293,8 +293,7 @@ def augment(image, aug_params, strength=1.0, noise_std=0.0, cutout=True):
     aug_params so that their tokens correspond; colours are drawn here and differ between them.
     Ours: brightness is drawn per channel, and translations by odd and by even numbers of pixels are equally
     frequent. A generator can add a constant tint, or a pattern of period two, with a single bias; if D sees
-    its sign, the two oscillate around it. Without noise D recognises drawn backgrounds, which are exactly
-    flat, by their last digit."""
+    its sign, the two oscillate around it. Translations are by one pixel at least, unless strength is 0."""
     n, _, h, w = image.shape
     brightness, saturation, contrast = (
         strength * (torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) for channels in (3, 1, 1))
@@ -317,7 +316,7 @@ def augment(image, aug_params, strength=1.0, noise_std=0.0, cutout=True):
                               torch.linspace(-1, 1, w, device=image.device), indexing="ij")
         cutout_dist = torch.maximum((x - aug_params[:, 2, None, None]).abs(),
                                     (y - aug_params[:, 3, None, None]).abs())
-        image = image * (cutout_dist > .5 * strength)[:, None]         # a square of half the side
+        image = image * (cutout_dist > .5 * strength)[:, None]         # side: strength / 2 of the image's
     if noise_std:
         image = image + noise_std * torch.randn_like(image)
     return image

@@ -1,11 +1,12 @@
 """The formulas of both papers as pure functions of tensors.
 
 Both methods keep a regression loss and add an adversarial loss. D is high on real images and low on generated
-ones. The adversarial losses are means over tokens, and over heads sums (ADD's paper) or means (by default);
-R1 is a sum over heads. Comments "ADT ..." and "ADD eq. ..." are the tags of docs/equations.md.
+ones. The adversarial losses are means over tokens; over heads they are sums in ADD (eqs. 2 and 3) and means
+in ADT. R1 is a sum over heads. Comments "ADT ..." and "ADD eq. ..." are the tags of docs/equations.md.
 
-    ADT:  L_G = L_diffusion + lambda_adv (-D(fake))      ADD:  L_G = -D(fake) + lambda_distill L_distill
-    both: L_D = relu(1 - D(real)) + relu(1 + D(fake))    (+ gamma R1 in ADD)
+    ADT:  L_G = L_diffusion - lambda_adv D(fake)
+    ADD:  L_G = -lambda_adv D(fake) + lambda_distill L_distill
+    both: L_D = relu(1 - D(real)) + relu(1 + D(fake))          (+ gamma R1 in ADD)
 
 Read next: discriminator.py
 """
@@ -40,7 +41,7 @@ def diffusion_loss(model, x0, t, eps, cond, recompute=False):
 # ---------------------------------------------------------------------------------------- adversarial losses
 
 def reduce_heads(terms, reduction):
-    """One scalar per head -> their sum (ADD's paper) or their mean, whose size does not depend on the number
+    """One scalar per head -> their sum (ADD) or their mean, whose size does not depend on the number
     of heads."""
     total = sum(terms)
     return total if reduction == "sum" else total / len(terms)
@@ -82,7 +83,7 @@ def distillation_weight(weighting, alpha, sigma):
     if weighting == "exponential":
         return alpha                                                   # ADD eq. 4, c(t) = alpha_t
     if weighting in ("sds", "nfsd"):
-        return alpha / (2 * sigma) * sigma ** 2                        # ADD eq. 4, c(t) of SDS; sigma > 0
+        return alpha * sigma / 2                                       # ADD eq. 4, c(t) of SDS
     raise ValueError(f"unknown distillation weighting '{weighting}': wanted exponential, sds or nfsd")
 
 

@@ -95,7 +95,8 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
     grad_steps, is plain backpropagation
     checkpointing: recompute each call in the backward pass, so that one network graph is alive at a time; it
     has no effect where every block is recomputed already (models/denoiser.py, predict_recomputed)
-    stochasticity: fraction of new noise in every step; 0 is DDIM or Euler, 1 replaces eps completely
+    stochasticity: fraction of new noise in every step; 0 is DDIM or Euler; 1 replaces eps completely, as a
+    distilled student is sampled: predict x0, noise it to the next timestep, repeat
     callback(i, x0): called after every step with the current prediction."""
     if not 0 <= stochasticity <= 1:
         raise ValueError(f"stochasticity is a fraction from 0 to 1, not {stochasticity}")
@@ -132,13 +133,3 @@ def skip_noise(shape, num_steps, stochasticity, generator):
     """Draw what a rollout from x of this shape would draw, so that the generator is where it would be."""
     for _ in range(num_steps - 1 if stochasticity else 0):
         torch.randn(shape, generator=generator)
-
-
-def sample_few_step(model, noise, timesteps, cond, stochasticity=1.0, generator=None, callback=None):
-    """Sample a distilled student without guidance: predict x0, noise it to the next timestep, repeat.
-    evaluate.py does the same through rollout's stochasticity.
-
-    noise: (B, C, h, w) ~ N(0, I). With stochasticity 1 the network's inputs are distributed as in ADD's
-    training, with the student's x0 in place of the real one."""
-    return rollout(model, noise, timesteps, cond, stochasticity=stochasticity, generator=generator,
-                   callback=callback)

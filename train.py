@@ -61,7 +61,7 @@ class Trainer(TrainingState):
             self.scaler_g.update()
             self.update_ema()
 
-        # Discriminator half. The generated images are constants; with n_critic > 1 they are augmented anew.
+        # Discriminator half. The generated images are constants; every D step augments them anew.
         d_logs = {}
         for d_iter in range(self.config.n_critic if self.config.lambda_adv else 0):
             self.disc.requires_grad_(True)

@@ -13,7 +13,7 @@ import losses
 from conftest import LinearHead, RandomConv, record_conditioning, tokens_of, zero_grads
 from discriminator import DiscriminatorInputs
 
-CONDITIONINGS = ["text+image", "text", "image", "none", "text+image+time"]
+CONDITIONINGS = ["text+image", "text", "image", "none"]
 # without augmentation the discriminator receives the images themselves
 NO_AUGMENTATION = add.Config(augment_strength=0., instance_noise=0.)
 UNCONDITIONAL = replace(NO_AUGMENTATION, disc_conditioning="none")
@@ -199,36 +199,25 @@ def test_logits_depend_on_what_the_discriminator_is_conditioned_on(add_setup, co
     torch.manual_seed(0)
     disc = config.build_discriminator(disc.backbone, 128).eval()
     cond, hide_none = model.encode_prompts(batch.caption), torch.zeros(4, dtype=torch.bool)
-    last_step, first_step = torch.full((4,), 3), torch.zeros(4, dtype=torch.long)
     flipped = replace(batch, image=batch.image.flip(0), caption=batch.caption[::-1])
     flipped_cond = model.encode_prompts(flipped.caption)
-    disc_cond = add.discriminator_condition(disc, batch, cond, last_step, hide_none, config)
-    other_image = add.discriminator_condition(disc, flipped, flipped_cond, last_step, hide_none, config)
-    other_step = add.discriminator_condition(disc, batch, cond, first_step, hide_none, config)
-    logits, logits_image, logits_step = (torch.cat(disc(None, batch.image, c), 1)
-                                         for c in (disc_cond, other_image, other_step))
-    assert torch.equal(logits, logits_image) == (conditioning == "none")
-    assert torch.equal(logits, logits_step) == ("time" not in conditioning)
+    disc_cond = add.discriminator_condition(disc, batch, cond, hide_none, config)
+    other_cond = add.discriminator_condition(disc, flipped, flipped_cond, hide_none, config)
+    logits, other_logits = (torch.cat(disc(None, batch.image, c), 1) for c in (disc_cond, other_cond))
+    assert torch.equal(logits, other_logits) == (conditioning == "none")
     assert (disc_cond is None) == (conditioning == "none")
-    if "time" in conditioning:                                         # the timestep is as long as the text
-        assert disc_cond[:, -4:].norm(dim=1) == pytest.approx(disc_cond[:, :128].norm(dim=1), rel=.01)
 
 
-@pytest.mark.parametrize("conditioning", ["text+image", "image", "text+image+time"])
+@pytest.mark.parametrize("conditioning", ["text+image", "image"])
 def test_the_image_embedding_is_hidden_where_the_student_saw_no_image(add_setup, conditioning):
     """There c_img is zero. Real and fake images get the same c, so its presence tells nothing."""
     model, _, disc, batch = add_setup
     config = add.Config(disc_conditioning=conditioning, r1_gamma=0.)
     disc = config.build_discriminator(disc.backbone, 128)
-    hide_image, step_index = torch.tensor([True, False, True, False]), torch.tensor([0, 1, 0, 2])
-    disc_cond = add.discriminator_condition(disc, batch, model.encode_prompts(batch.caption), step_index,
-                                            hide_image, config)
-    if "time" in conditioning:                                         # the last four elements
-        assert disc_cond[:, -4:].argmax(1).tolist() == [0, 1, 0, 2]
-        disc_cond_image = disc_cond[:, :-4]
-    else:
-        disc_cond_image = disc_cond
-    image_part = disc_cond_image[:, -128:]
+    hide_image = torch.tensor([True, False, True, False])
+    disc_cond = add.discriminator_condition(disc, batch, model.encode_prompts(batch.caption), hide_image,
+                                            config)
+    image_part = disc_cond[:, -128:]
     assert (image_part[hide_image] == 0).all()
     assert (image_part[~hide_image].abs().sum(1) > 1).all()
     recorder = RecordingDiscriminator(disc)

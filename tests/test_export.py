@@ -96,7 +96,7 @@ def test_the_exported_scheduler_takes_the_path_of_training(tmp_path, kind, num_s
     model = TableModel(SCHEDULES[kind])
     scheduler = reload(export.make_scheduler(model, few_step=False), tmp_path)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = sampler.rollout(model, noise, sampler.make_timesteps(model.T, num_steps), None)
+    ours = sampler.rollout(model, noise, sampler.make_timesteps(model.T, num_steps), {})
     theirs = scheduler_loop(scheduler, model, noise, export.path_argument(model, scheduler, num_steps, {}))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
@@ -108,7 +108,7 @@ def test_the_exported_few_step_scheduler_takes_the_path_of_training(tmp_path, ki
     scheduler = reload(export.make_scheduler(model, few_step=True), tmp_path)
     noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
-    ours = sampler.sample_few_step(model, noise, sampler.make_timesteps(model.T, num_steps), None)
+    ours = sampler.rollout(model, noise, sampler.make_timesteps(model.T, num_steps), {}, stochasticity=1.)
     torch.manual_seed(5)
     theirs = scheduler_loop(scheduler, model, noise, export.path_argument(model, scheduler, num_steps, {}))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -123,7 +123,7 @@ def test_other_timesteps_are_written_out(kind, settings):
                                        settings.get("t_max", 1.))
     noise = torch.randn(2, 3, 8, 8)
     theirs = scheduler_loop(scheduler, model, noise, export.path_argument(model, scheduler, 4, settings))
-    ours = sampler.rollout(model, noise, timesteps, None)
+    ours = sampler.rollout(model, noise, timesteps, {})
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     visited = scheduler.timesteps if kind == "pndm" else scheduler.sigmas[:-1]
     wanted = timesteps if kind == "pndm" else model.sigma[timesteps]
@@ -213,7 +213,7 @@ def test_the_model_card_samples_a_students_images(pretrained, tmp_path, name, t_
         torch.manual_seed(5)                                           # the pipelines draw from this as well
         with torch.no_grad():
             timesteps = sampler.make_timesteps(model.T, num_steps, t_max=t_max)
-            x0 = sampler.sample_few_step(model, noise, timesteps, model.encode_prompts(CAPTIONS))
+            x0 = sampler.rollout(model, noise, timesteps, model.encode_prompts(CAPTIONS), stochasticity=1.)
             ours = model.decode(x0).clamp(-1, 1)
         torch.testing.assert_close(ours, image, rtol=0, atol=2e-3)
 

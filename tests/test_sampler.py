@@ -322,8 +322,8 @@ def test_few_step_sampling_noises_the_prediction_with_new_noise(toy):
                         generator=torch.Generator().manual_seed(5),
                         callback=lambda i, x0: predictions.update({i: x0}))
         model.calls.clear()
-        x0 = sampler.sample_few_step(model, start, timesteps, cond,
-                                     generator=torch.Generator().manual_seed(5))
+        x0 = sampler.rollout(model, start, timesteps, cond, stochasticity=1.,
+                             generator=torch.Generator().manual_seed(5))
     new_noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(5))
     alpha, sigma = model.alpha_sigma(torch.tensor([499]))
     torch.testing.assert_close(model.calls[1][0], alpha * predictions[0] + sigma * new_noise)
@@ -344,8 +344,8 @@ def test_stochasticity_is_the_fraction_of_new_noise_in_each_step(toy, monkeypatc
 
     monkeypatch.setattr(model, "forward_network", predict_five)
     start = torch.randn(1, 2, 64, 64, dtype=torch.float64)
-    x0 = sampler.sample_few_step(model, start, sampler.make_timesteps(model.T, 4),
-                                 model.encode_prompts(["a"]), stochasticity, torch.Generator().manual_seed(0))
+    x0 = sampler.rollout(model, start, sampler.make_timesteps(model.T, 4), model.encode_prompts(["a"]),
+                         stochasticity=stochasticity, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(x0, torch.full_like(x0, 5.))
     for i, (x, t_input) in enumerate(calls[1:], 1):
         alpha, sigma = model.alpha_sigma(model.timestep(t_input))
@@ -359,5 +359,5 @@ def test_a_stochasticity_outside_0_to_1_is_rejected(toy):
     model = toy()
     for stochasticity in (-.1, 1.1):
         with pytest.raises(ValueError, match="fraction from 0 to 1"):
-            sampler.sample_few_step(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, 2),
-                                    model.encode_prompts(["a"]), stochasticity)
+            sampler.rollout(model, randn(1, 2, 4, 4), sampler.make_timesteps(1000, 2),
+                            model.encode_prompts(["a"]), stochasticity=stochasticity)

@@ -52,7 +52,7 @@ class TrainConfig:
                          "ours: adamw8bit stores the moments in 8 bits (bitsandbytes)"] = "adamw"
     n_critic: Annotated[int, "ours: discriminator steps per generator step"] = 1
     ema_decay: Annotated[float, "ours: decay of the averaged generator, which is the result; at most "
-                         "(k + 1) / (k + 10) after k updates: .92 after 100, .995 after 2,000"] = 0.99
+                         "(k + 1) / (k + 10) after k updates: .92 after 100, .99 after 890"] = 0.99
     init: Annotated[Literal["pretrained", "random"], "paper: the generator's initial weights"] = "pretrained"
 
 
@@ -126,7 +126,8 @@ def preset_of(method, model_name="tiny", is_lora=False, recipe="paper"):
     """Where a method (Method) on a model differs from the Config's defaults: the recipe, then the model's
     preset -> {setting: (value, source)}."""
     tuning = "lora" if is_lora else "full"
-    recipe_settings = {name: (value, "ours") for name, value in method.module.RECIPES[recipe].items()}
+    recipes = getattr(method.module, "RECIPES", {})
+    recipe_settings = {name: (value, "ours") for name, value in recipes.get(recipe, {}).items()}
     return {**recipe_settings, **method.presets.get(model_name, {}),
             **method.presets.get(f"{model_name} {tuning}", {}),
             **{name: (value, "ours") for name, value in method.fixed.items()}}
