@@ -7,7 +7,7 @@ loss (score distillation).
 
     L = L_adv(x0_hat) + lambda E_{t,eps'} c(t) || x0_hat - x0_psi(sg[alpha_t x0_hat + sigma_t eps'], t) ||^2
 
-The same three names as in adt.py: Config, generator_loss, discriminator_loss. Read next: train.py
+The same names as in adt.py: Config, RECIPES, generator_loss, discriminator_loss. Read next: train.py
 """
 
 from dataclasses import dataclass

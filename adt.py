@@ -5,10 +5,11 @@ real inference path in training: noise a real image to a timestep of the path, r
 x0_hat, and let a discriminator compare x0_hat with the real image x0. The diffusion loss is kept. Gradients
 flow through K steps of the path and never through the network's inputs (sampler.rollout).
 
-    L_G = L_diffusion + lambda_adv (-D(x0, x0_hat))     L_D = relu(1 - D(x0, x0')) + relu(1 + D(x0, x0_hat))
+    L_G = L_diffusion - lambda_adv D(x0, x0_hat)
+    L_D = relu(1 - D(sg[x0_hat], x0)) + relu(1 + D(x0, sg[x0_hat]))     (D(x0, x0') first if D is symmetric)
 
 The defaults are the method as published, as far as it is known; RECIPES["tuned"] has what worked better here.
-The same three names as in add.py: Config, generator_loss, discriminator_loss. Read next: train.py
+The same names as in add.py: Config, RECIPES, generator_loss, discriminator_loss. Read next: train.py
 """
 
 from dataclasses import dataclass
@@ -97,10 +98,9 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
         return discriminator.SiameseDiscriminator(backbone, self.discriminator, text_dim)
 
 
-# The default is "paper": the settings above. "tuned": two logits are compared instead of features, every path
-# starts from pure noise, and the backbone's features are whitened. Gains: docs/results.md.
-RECIPES = {"paper": {}, "tuned": {
-    "discriminator": "relativistic", "rollout_start": "noise", "whiten_features": True}}
+# The default is "paper": the settings above. "tuned": every path starts from pure noise; docs/results.md has
+# the gains.
+RECIPES = {"paper": {}, "tuned": {"rollout_start": "noise"}}
 
 # Presets of large models, {setting: (value, source)}; "sd15 lora" and "sd15 full" are added to "sd15".
 # CoMat (partly the same authors) publishes numbers for LoRA of rank 128 on SD 1.5 and SDXL at 512 px. Its
