@@ -86,9 +86,7 @@ TABLE_1 = [Experiment(label, overrides, "add", None, paper_value, "paper")
     ("λ = 50: L1", [HIGH_LAMBDA, "distill_loss=l1"], "L2 is best"),
     ("λ = 50: pseudo-Huber", [HIGH_LAMBDA, "distill_loss=huber"], "L2 is best")]]
 
-# From the method as published to the recipe "tuned", one change after the other.
-FIVE_STEPS = "num_inference_steps=5"
-DIFFERENCES = ["relativistic=true"]
+FIVE_STEPS, WHITEN = "num_inference_steps=5", "whiten_features=true"
 OWN_SAMPLES = ["pure_noise_prob=.5", "backward_simulation_prob=.5"]
 
 STUDIES = {
@@ -133,12 +131,11 @@ STUDIES = {
         data="glyphs:serif,roman", base_data="glyphs:sans,typewriter"),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
-        Experiment("ADD + differences of logits", DIFFERENCES, "add", recipe="paper"),
-        Experiment("ADD + differences of logits + own samples", DIFFERENCES + OWN_SAMPLES, "add",
-                   recipe="paper"),
         Experiment("ADD, tuned", method="add"),
         Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000),
-        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper")],
+        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
+        Experiment("ADD + own samples", OWN_SAMPLES, "add", recipe="paper"),
+        Experiment("ADD + own samples + whitened features", [*OWN_SAMPLES, WHITEN], "add", recipe="paper")],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }

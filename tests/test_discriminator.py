@@ -77,9 +77,9 @@ def test_masked_patches_do_not_reach_other_tokens(backbone):
     assert not torch.equal(last_map, backbone.network(changed, mask)[0][-1])
 
 
-def test_a_backbone_is_on_the_device_of_its_network():
+def test_the_shapes_of_the_features_are_found_on_the_device_of_the_network():
     backbone = discriminator.FrozenBackbone(load_backbone("tiny", "fashion").to("meta"))
-    assert len(backbone.map_shapes) == len(backbone.layers)
+    assert {shape[0] for shape in backbone.map_shapes} == {backbone.embed_dim}
 
 
 def test_whitened_features_have_equal_variance_in_all_directions():
