@@ -5,7 +5,8 @@
     python -m scripts.run_study adt-5-steps            ADT with a path of five steps
     python -m scripts.run_study adt-ablations          what each part of ADT is worth; 1 seed
     python -m scripts.run_study adt-shifted            a base of sans-serif letters, tuned on other fonts
-    python -m scripts.run_study add --data fashion     the teacher, ADD, its tuned recipe step by step
+    python -m scripts.run_study add --data fashion     the teacher, ADD, its tuned recipe
+    python -m scripts.run_study add-ladder             from ADD as published to the tuned recipe
     python -m scripts.run_study add-table1             Table 1 of the ADD paper on small images; 1 seed
 
 Every run has a folder in OUTPUT_DIR/runs/ and a JSON file beside it with its metrics. What is measured is
@@ -94,9 +95,9 @@ STUDIES = {
         Experiment("diffusion loss only, 1,000 training steps", method="diffusion", steps=1000,
                    recipe="paper"),
         Experiment("ADT", recipe="paper"),
+        Experiment("ADT, 900 training steps", steps=900, recipe="paper"),
         Experiment("ADT, tuned"),
-        Experiment("ADT, tuned, 900 training steps", steps=900),
-        Experiment("ADT, 900 training steps", steps=900, recipe="paper")],
+        Experiment("ADT, tuned, 900 training steps", steps=900)],
         base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
     "adt-discriminators": Study([
         Experiment("ordered (paper)", recipe="paper"),
@@ -131,12 +132,16 @@ STUDIES = {
         data="glyphs:serif,roman", base_data="glyphs:sans,typewriter"),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
-        Experiment("ADD, tuned", method="add"),
-        Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000),
         Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
-        Experiment("ADD + own samples", OWN_SAMPLES, "add", recipe="paper"),
-        Experiment("ADD + own samples + whitened features", [*OWN_SAMPLES, WHITEN], "add", recipe="paper")],
+        Experiment("ADD, tuned", method="add"),
+        Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
+    "add-ladder": Study([
+        Experiment("ADD", method="add", recipe="paper"),
+        Experiment("+ own samples", OWN_SAMPLES, "add", recipe="paper"),
+        Experiment("+ own samples, whitened features", [*OWN_SAMPLES, WHITEN], "add", recipe="paper"),
+        Experiment("+ own samples, whitened features, relativistic = tuned", method="add")],
+        base_configs=[(1, {}), (25, {})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
 
