@@ -211,7 +211,7 @@ def nfsd_teacher_target(teacher, x0_hat, x_t, t, cond, uncond, config):
 
 
 def discriminator_condition(disc, batch, cond, hide_image, config):
-    """c = (c_text, c_img), the same for the real and the generated image -> (B, C) or None.
+    """c = (c_text, c_img), the same for the real and the generated image -> (B, cond_dim) or None.
 
     c_img is the backbone's embedding of the real image (the paper: DINOv2 ViT-L). Where the student has seen
     nothing of it (hide_image, (B,)), c_img is zero, for both images: otherwise its presence would give the

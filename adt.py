@@ -6,7 +6,10 @@ x0_hat, and let a discriminator compare x0_hat with the real image x0. The diffu
 flow through K steps of the path and never through the network's inputs (sampler.rollout).
 
     L_G = L_diffusion - lambda_adv D(x0, x0_hat)
-    L_D = relu(1 - D(sg[x0_hat], x0)) + relu(1 + D(x0, sg[x0_hat]))     (D(x0, x0') first if D is symmetric)
+    L_D = relu(1 - D(sg[x0_hat], x0)) + relu(1 + D(x0, sg[x0_hat]))
+
+This is for D(x, y) = -D(y, x), which decides which of two images is the real one. For other discriminators
+the first term is relu(1 - D(x0, x0')), where x0' is the real image with other colours.
 
 The defaults are the method as published, as far as it is known; RECIPES["tuned"] has what worked better here.
 The same names as in add.py: Config, RECIPES, generator_loss, discriminator_loss. Read next: train.py
@@ -142,9 +145,9 @@ DIFFUSION_PRESETS = {"tiny": {"beta1": (.9, "ours"), "lr": (1e-4, "ours")},
                      "sd3": {**FINE_TUNING_FLOW, "guidance_scale": (7., "secondary")},
                      "sd35": {**FINE_TUNING_FLOW, "guidance_scale": (4.5, "secondary")},
                      "sd35-large": {**FINE_TUNING_FLOW, "guidance_scale": (4.5, "secondary")}}
-for model_name in ("sd15", "sdxl", "sd3", "sd35", "sd35-large"):
-    DIFFUSION_PRESETS[f"{model_name} lora"] = {"lr": (1e-4, "secondary")}
-    DIFFUSION_PRESETS[f"{model_name} full"] = {"lr": (1e-5, "secondary")}
+DIFFUSION_PRESETS |= {f"{name} {weights}": {"lr": (lr, "secondary")}
+                      for name in ("sd15", "sdxl", "sd3", "sd35", "sd35-large")
+                      for weights, lr in (("lora", 1e-4), ("full", 1e-5))}
 
 
 def rollout_from_batch(model, x0, cond, uncond, config, generator=None):

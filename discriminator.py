@@ -25,7 +25,7 @@ class DiscriminatorInputs(NamedTuple):
 
     real: torch.Tensor                 # (B, 3, H, W) in [-1, 1]
     fake: torch.Tensor                 # (B, 3, H, W) in [-1, 1]
-    cond: torch.Tensor | None          # (B, C): what D is conditioned on
+    cond: torch.Tensor | None          # (B, cond_dim): what D is conditioned on
 
 
 # --------------------------------------------------------------------------------- frozen backbone and heads
@@ -35,16 +35,16 @@ class FrozenBackbone(nn.Module):
 
     Its parameters become buffers: requires_grad_, optimisers and checkpoints do not reach them."""
 
-    def __init__(self, network, layers=None):
-        """network(image) -> (list of maps (B, D, h, w), list of CLS tokens (B, D) or None); layers: which
-        maps to use (default: network.layers)."""
+    def __init__(self, network):
+        """network(image) -> (list of maps (B, D, h, w), list of CLS tokens (B, D) or None); network.layers:
+        which of them to use."""
         super().__init__()
         for module in network.modules():
             for name, param in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 module.register_buffer(name, param.detach(), persistent=False)
         self.network = network.eval()
-        self.layers = tuple(layers or network.layers)
+        self.layers = tuple(network.layers)
         with torch.no_grad():
             maps, cls = network(torch.zeros(1, 3, 32, 32, device=next(network.buffers()).device))
         self.map_shapes = [maps[i].shape[1:] for i in self.layers]     # (D, h, w) of each layer
@@ -144,8 +144,8 @@ def make_cond_proj(backbone, cond_dim, channels):
 
 
 def project_condition(linear, cond):
-    """(B, C) -> W c (B, channels), in fp32. c gets length 8: if it is shorter, D needs hundreds of steps to
-    use it; if longer, W c changes too fast."""
+    """c (B, cond_dim) -> W c (B, channels), in fp32. c gets length 8: if it is shorter, D needs hundreds of
+    steps to use it; if longer, W c changes too fast."""
     cond = 8 * F.normalize(cond.float())
     with torch.autocast(cond.device.type, enabled=False):
         return linear(cond)
@@ -161,7 +161,7 @@ class SiameseDiscriminator(nn.Module):
 
     The abstract names the siamese network and its frozen backbone; summaries add small convolutional heads on
     selected layers and a score that is the similarity of both images. Which similarity is unknown, so there
-    are four kinds; g, h: heads, W c: a linear map of the caption's embedding c (B, C):
+    are four kinds; g, h: heads, W c: a linear map of the caption's embedding c (B, P):
       similarity   scale * cos(h(x), h(y)) + bias                            with learned scale and bias
       reference    <g(x) + W c, h(y)> / sqrt(channels)                       the real image is a condition
       ordered      (<g(x) + W c, h(y)> - <g(y) + W c, h(x)>) / sqrt(channels)
@@ -200,7 +200,7 @@ class SiameseDiscriminator(nn.Module):
         return logits / h_y.shape[-1] ** .5
 
     def forward(self, real, fake, disc_cond=None):
-        """real, fake: (B, 3, H, W); disc_cond (B, C) -> one (B, N) per layer."""
+        """real, fake: (B, 3, H, W); disc_cond (B, cond_dim) -> one (B, N) per layer."""
         with torch.no_grad():
             maps_real = self.backbone(real)                            # a constant: it needs no graph
         maps_fake = self.backbone(fake)
@@ -208,8 +208,8 @@ class SiameseDiscriminator(nn.Module):
 
 
 class ProjectedDiscriminator(nn.Module):
-    """ADD's discriminator: <h(y), W c> / sqrt(channels) for every layer and token, where c (B, C) is the
-    conditioning and W has a bias; without c a plain logit.
+    """ADD's discriminator: <h(y), W c> / sqrt(channels) for every layer and token. c (B, cond_dim) is the
+    conditioning, W has a bias; without c a plain logit.
 
     It has ADT's signature D(real, fake) and ignores `real`. With relativistic=True it is siamese as well: the
     logit of `fake` minus the logit of `real` (Jolicoeur-Martineau 2018)."""
@@ -222,7 +222,7 @@ class ProjectedDiscriminator(nn.Module):
         self.cond_proj = make_cond_proj(backbone, cond_dim, channels)
 
     def logits(self, maps, disc_cond=None):
-        """maps: one (B, D, h, w) per layer; disc_cond (B, C) -> one (B, N) per layer."""
+        """maps: one (B, D, h, w) per layer; disc_cond (B, cond_dim) -> one (B, N) per layer."""
         tokens = [head(x) for head, x in zip(self.heads, maps)]        # (B, N, channels)
         if self.cond_proj:
             with torch.autocast(disc_cond.device.type, enabled=False):  # logits in fp32
@@ -231,7 +231,7 @@ class ProjectedDiscriminator(nn.Module):
         return [x.squeeze(-1) for x in tokens]
 
     def forward(self, real, fake, disc_cond=None):
-        """real (used only if relativistic), fake: (B, 3, H, W); disc_cond (B, C) -> one (B, N) per layer."""
+        """real (for relativistic), fake: (B, 3, H, W); disc_cond (B, cond_dim) -> (B, N) per layer."""
         logits_fake = self.logits(self.backbone(fake), disc_cond)
         if not self.relativistic:
             return logits_fake
@@ -242,8 +242,8 @@ class ProjectedDiscriminator(nn.Module):
 
 
 def update_spectral_norm(disc):
-    """One power iteration for every spectral norm, once per step. Between steps the discriminator stays in
-    eval mode and is the same function for all micro-batches."""
+    """Update every spectral norm (two power iterations), once per step. Between steps the discriminator stays
+    in eval mode and is the same function for all micro-batches."""
     disc.train()
     for module in disc.modules():
         if hasattr(module, "parametrizations"):
@@ -293,7 +293,8 @@ def augment(image, aug_params, strength=1.0, noise_std=0.0, cutout=True):
     aug_params so that their tokens correspond; colours are drawn here and differ between them.
     Ours: brightness is drawn per channel, and translations by odd and by even numbers of pixels are equally
     frequent. A generator can add a constant tint, or a pattern of period two, with a single bias; if D sees
-    its sign, the two oscillate around it. Translations are by one pixel at least, unless strength is 0."""
+    its sign, the two oscillate around it. The largest translation is at least one pixel,
+    unless strength is 0."""
     n, _, h, w = image.shape
     brightness, saturation, contrast = (
         strength * (torch.rand(n, channels, 1, 1, device=image.device) * 2 - 1) for channels in (3, 1, 1))

@@ -51,8 +51,8 @@ def select_grad_steps(n, k, selection="strided", generator=None):
 
 
 def stratified_starts(n, batch_size, generator=None):
-    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. That of an
-    image chosen at random is uniform; together they cover the path evenly, so the cost of batches varies
+    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. Each
+    position is uniform on its own; together they cover the path evenly, so the cost of batches varies
     little."""
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     return ((torch.arange(batch_size) + offset) * n / batch_size).long()
@@ -71,6 +71,8 @@ def select_grad_steps_of_batch(n, starts, k, selection="strided", generator=None
 def predict_truncated(predict, keeps_graph, x, t, cond, *guidance):
     """One network call for the images that keep their graph, keeps_graph (B,) bool, and one for the others,
     whose output is a constant -> y (B, C, h, w)."""
+    if keeps_graph.all() or not torch.is_grad_enabled():
+        return predict(x, t, cond, *guidance)
     outputs, rows = [], []
     for has_graph in (True, False):
         part = (keeps_graph == has_graph).nonzero().flatten()

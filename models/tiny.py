@@ -1,4 +1,4 @@
-"""The tiny text-to-image model: 3.9 M parameters, 32x32 images, trained and sampled on a CPU.
+"""The tiny text-to-image model: 4.0 M parameters, 32x32 images, trained and sampled on a CPU.
 
 It has the parts of Stable Diffusion in small: TinyTextEncoder (for CLIP), TinyUNet (for the U-Net), and
 pixel-unshuffle in place of the VAE. TinyDenoiser joins them behind the interface of models/denoiser.py and

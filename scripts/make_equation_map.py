@@ -23,7 +23,8 @@ MEANING = {
     "ADT comparison": "D(x, y) = d(y | c) − d(x | c): relativistic",
     "ADT L_diff": "‖y_θ(x_t, t, c) − (a x0 + b ε)‖²",
     "ADT L_G": "L_diff + λ · (−D(x0, x̂0))",
-    "ADT L_D": "relu(1 − D(x0, x0′)) + relu(1 + D(x0, sg[x̂0])); ordered: D(sg[x̂0], x0) first",
+    "ADT L_D": "relu(1 − D(sg[x̂0], x0)) + relu(1 + D(x0, sg[x̂0])); relu(1 − D(x0, x0′)) first, if D is not "
+               "antisymmetric",
     "ADD eq. 1": "L = L_adv + λ L_distill",
     "ADD eq. 2": "L_adv^G = −E[Σ_k D_k(F_k(x̂))]",
     "ADD eq. 3": "hinge loss of the discriminator (tuned: relativistic) + γ R1 on the inputs of the heads",

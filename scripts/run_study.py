@@ -100,7 +100,7 @@ STUDIES = {
         Experiment("ADT, tuned, 900 training steps", steps=900)],
         base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
     "adt-discriminators": Study([
-        Experiment("ordered (paper)", recipe="paper"),
+        Experiment("ordered (default)", recipe="paper"),
         *(Experiment(kind, [f"discriminator={kind}"], recipe="paper")
           for kind in ("similarity", "reference", "difference", "relativistic", "projected"))],
         base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),

@@ -51,7 +51,7 @@ class TrainConfig:
     optimizer: Annotated[Literal["adamw", "adamw8bit"],
                          "ours: adamw8bit stores the moments in 8 bits (bitsandbytes)"] = "adamw"
     n_critic: Annotated[int, "ours: discriminator steps per generator step"] = 1
-    ema_decay: Annotated[float, "ours: decay of the averaged generator, which is the result; at most "
+    ema_decay: Annotated[float, "ours: decay of the average of the weights, which a run saves; at most "
                          "(k + 1) / (k + 10) after k updates: .92 after 100, .99 after 890"] = 0.99
     init: Annotated[Literal["pretrained", "random"], "paper: the generator's initial weights"] = "pretrained"
 
