@@ -1,6 +1,7 @@
 """Trains and measures the rows of a table:
 
     python -m scripts.run_study adt --data glyphs      plain fine-tuning, ADT, its tuned recipe
+    python -m scripts.run_study adt-longer             ADT as published, three times as long
     python -m scripts.run_study adt-discriminators     ADT with each discriminator
     python -m scripts.run_study adt-5-steps            ADT with a path of five steps
     python -m scripts.run_study adt-ablations          what each part of ADT is worth; 1 seed
@@ -95,9 +96,12 @@ STUDIES = {
         Experiment("diffusion loss only, 1,000 training steps", method="diffusion", steps=1000,
                    recipe="paper"),
         Experiment("ADT", recipe="paper"),
-        Experiment("ADT, 900 training steps", steps=900, recipe="paper"),
         Experiment("ADT, tuned"),
         Experiment("ADT, tuned, 900 training steps", steps=900)],
+        base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
+    "adt-longer": Study([
+        Experiment("ADT", recipe="paper"),
+        Experiment("ADT, 900 training steps", steps=900, recipe="paper")],
         base_configs=[*TEN_STEPS, (50, {})], run_configs=TEN_STEPS, seeds=3),
     "adt-discriminators": Study([
         Experiment("ordered (default)", recipe="paper"),
@@ -132,12 +136,12 @@ STUDIES = {
         data="glyphs:serif,roman", base_data="glyphs:sans,typewriter"),
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
-        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
         Experiment("ADD, tuned", method="add"),
         Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-ladder": Study([
         Experiment("ADD", method="add", recipe="paper"),
+        Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
         Experiment("+ own samples", OWN_SAMPLES, "add", recipe="paper"),
         Experiment("+ own samples, whitened features", [*OWN_SAMPLES, WHITEN], "add", recipe="paper"),
         Experiment("+ own samples, whitened features, relativistic = tuned", method="add")],
