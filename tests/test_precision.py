@@ -84,7 +84,7 @@ def test_network_calls_have_the_precision_of_the_run(name, dtype):
     trainer = make_trainer("--precision", name)
     layer = trainer.model.network.conv_in
     with trainer.model.autocast():
-        assert layer(torch.zeros(1, 12, 16, 16)).dtype == dtype
+        assert layer(torch.zeros(1, layer.in_channels, 16, 16)).dtype == dtype
 
 
 def test_sharding_wants_a_precision_without_a_loss_scale():

@@ -177,12 +177,12 @@ def test_the_optimisers_have_the_configured_betas_and_no_weight_decay():
 def test_ema_and_learning_rates_follow_their_schedules():
     trainer = make_trainer()
     ema = [param.detach().clone() for param in trainer.g_params]
-    for decay, lr in ((1 / 10, 1e-4), (2 / 11, 7.5e-5)):     # the EMA's ramp; linear decay to zero
+    for decay, lr in ((1 / 10, 2e-4), (2 / 11, 1.5e-4)):     # the EMA's ramp; linear decay to zero
         trainer.train_step()
         ema = [decay * a + (1 - decay) * param.detach() for a, param in zip(ema, trainer.g_params)]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(trainer.ema_params, ema))
         assert trainer.opt_g.param_groups[0]["lr"] == pytest.approx(lr)
-        assert trainer.opt_d.param_groups[0]["lr"] == pytest.approx(5e-3)     # constant
+        assert trainer.opt_d.param_groups[0]["lr"] == pytest.approx(1e-3)     # constant
     before = [param.detach().clone() for param in trainer.g_params]
     with trainer.ema_weights():
         assert all(torch.allclose(param, a, atol=1e-6) for param, a in zip(trainer.g_params, ema))
