@@ -35,7 +35,7 @@ from utils import aspect_buckets, distributed, hub_data, image_folder
 from utils.batch import Batch, check_split
 from utils.captioned_images import CaptionedImages, StreamedImages
 from utils.checkpoint import atomic_write, cache_dir
-from utils.failures import clear_exit
+from utils.failures import clear_exit, start_program
 from utils.glyph_fonts import LETTERS, PICTOGRAMS, glyph_mask, shape_name
 from utils.messages import print_message, printable
 from utils.shuffling import shuffled_forever
@@ -269,9 +269,9 @@ def glyph_families(name):
     return families
 
 
-def dataset_name(name):
+def dataset_name(name, resumed_run=None):
     """The name under which weights/ knows a data set; ValueError or OSError if there is no such data set, as
-    far as can be told without a network."""
+    far as can be told without a network. resumed_run: what is resumed, if its data may have been moved."""
     if name.startswith("glyphs:"):
         glyph_families(name)
         return "glyphs"
@@ -279,8 +279,10 @@ def dataset_name(name):
         return name
     source = hub_data.parse_source(name) if name else None
     if source is None and (name == "" or not Path(name).is_dir()):
+        advice = f"; if the data of {resumed_run} was moved, add --data with its new place"
         raise FileNotFoundError(f"no data set '{printable(name)}': wanted glyphs, fashion, a folder of "
-                                "images, a hub data set (OWNER/NAME or OWNER/NAME@SPLIT), or .tar shards")
+                                "images, a hub data set (OWNER/NAME or OWNER/NAME@SPLIT), or .tar shards"
+                                + (advice if resumed_run else ""))
     if source is not None:
         hub_data.check_library(name)
         if source.kind == "hub":
@@ -288,7 +290,7 @@ def dataset_name(name):
         if source.kind == "shards":
             hub_data.list_shards(source)
         name = name if Path(name).exists() else name.partition("#")[0]
-    return Path(name).resolve().name or "folder"    # the root of a file system has no name
+    return hub_data.folder_name(name)
 
 
 def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random_crop=False,
@@ -298,7 +300,7 @@ def build_dataset(name, resolution=DEFAULT_RESOLUTION, random_flip=False, random
     returns. bucket_multiple: its images get the shapes of aspect-ratio buckets, whose sides are multiples of
     this.
     ValueError or OSError with a sentence to show."""
-    if name in ("glyphs", "fashion") or name.startswith("glyphs:"):
+    if hub_data.is_built_in(name):
         if random_flip or random_crop:
             option = "--random-flip" if random_flip else "--random-crop"
             raise ValueError(f"{option} is for folders and hub data sets: the captions of {name} would not "
@@ -367,6 +369,9 @@ def preview(args):
     if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"--output {printable(path)}: wanted a file name ending in .png, in a folder that "
                          "exists")
+    if not args.output and path.exists() and Path(args.preview).is_dir():    # it may be one of the images
+        raise ValueError(f"{printable(path)} exists already: --output names another file, or this one to "
+                         "replace it")
     contact_sheet(build_dataset(args.preview), path, seed=args.seed)
     print_message(f"wrote {printable(path)}")
     if Path(args.preview).is_dir() and path.resolve().is_relative_to(Path(args.preview).resolve()):
@@ -385,4 +390,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    start_program()
     main()

@@ -11,8 +11,12 @@ Read next: scripts/run_study.py, which makes the tables of results/"""
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,7 @@ import sampler
 from models.loading import MODEL_FAMILIES, load_eval_classifier
 from models.named import check_sampling_configs, load_named_models
 from utils import arguments, distributed, failures, launch, metrics, plotting
+from utils.checkpoint import short_file_name
 from utils.precision import compute_dtype
 
 PRETRAINED = {"base": "denoiser", "adt": "adt", "add": "add"}          # name: its file in weights/DATA/
@@ -63,12 +68,6 @@ def sample(model, captions, num_steps, **settings):
     return torch.cat(list(sample_batches(model, captions, num_steps, **settings)))
 
 
-def sampling_timesteps(model, num_steps, settings):
-    """The timesteps that sample_batches visits; ValueError if the model cannot be sampled like this."""
-    return sampler.make_timesteps(model.T, num_steps, settings.get("timestep_shift", 1.0),
-                                  settings.get("t_max", 1.0))
-
-
 # ----------------------------------------------------------------------------------------------- measuring
 
 class Evaluator:
@@ -86,7 +85,7 @@ class Evaluator:
             raise ValueError(f"--eval-samples {n}: the {split} split has {available} images; two halves with "
                              f"no image in common hold {available // 2} at most, and 200 is the minimum")
         self.dataset = dataset
-        self.classifier = load_eval_classifier(dataset.name, weights_dir)
+        self.classifier = load_eval_classifier(dataset.name, weights_dir, dataset.fingerprint)
         num_classes = [head[-1].out_features for head in self.classifier.attribute_heads]
         if num_classes != [len(classes) for classes in dataset.attributes.values()]:
             raise ValueError(f"the evaluation classifier of '{dataset.name}' was trained on other attributes")
@@ -156,7 +155,7 @@ def evaluate_models(models, captions, evaluator=None, seed=0, image_dir=None):
         if evaluator:
             num_seeds = [known_label for known_label, _ in rows].count(label)
             folder = label.replace("/", "-") + (f", seed {num_seeds + 1}" if num_seeds else "")
-            model_dir = Path(image_dir, folder) if image_dir else None
+            model_dir = Path(image_dir, short_file_name(folder)) if image_dir else None
             scores = evaluate_model(evaluator, model, num_steps, model_dir, seed=seed, **settings)
             rows.append((label, scores))
     if evaluator:
@@ -178,7 +177,8 @@ def possible_configs(item, args):
     for num_steps, settings in configs:
         settings = {**settings, **arguments.sampling_settings(args)}
         try:
-            sampling_timesteps(item.model, num_steps, settings)
+            sampler.make_timesteps(item.model.T, num_steps, settings.get("timestep_shift", 1.),
+                                   settings.get("t_max", 1.))
             possible.append((num_steps, settings))
         except ValueError as error:
             left_out[plotting.format_steps(num_steps)] = error
@@ -186,9 +186,9 @@ def possible_configs(item, args):
         raise next(iter(left_out.values()))
     for steps, error in left_out.items():
         print(f"{item.group} left out in {steps}: {error}", file=sys.stderr)
-    if any(s.get("stochasticity") == 1 and s.get("guidance_scale", 1) != 1 for _, s in possible):
-        print(f"{item.group}: guidance mostly makes the images of a few-step student (stochasticity 1) worse",
-              file=sys.stderr)
+    is_student = any(settings.get("stochasticity") for _, settings in configs)
+    if is_student and any(settings.get("guidance_scale", 1) != 1 for _, settings in possible):
+        print(f"{item.group}: guidance mostly makes the images of a few-step student worse", file=sys.stderr)
     return possible
 
 
@@ -234,7 +234,7 @@ def prepare(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with failures.clear_exit(parser, "evaluate.py"):
+    with failures.clear_exit(parser, "evaluate.py", "fewer --eval-samples or a lower --resolution need less"):
         models, evaluator, captions = prepare(args)
         rows, image_rows = evaluate_models(models, captions, evaluator, args.seed, args.save_images)
         if evaluator:
@@ -246,5 +246,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    failures.interrupt_on_sigterm()
+    failures.start_program()
     main()

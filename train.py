@@ -1,11 +1,14 @@
 """The training loop of all methods:        python train.py --method adt
 
-A step has two halves. In the generator half the discriminator is frozen and the generator is updated; in the
-discriminator half the generated images are constants and the discriminator is updated. The losses of a method
-are in adt.py and add.py, the networks of a model in models/; the loop is the same.
-Read next: evaluate.py"""
+A step has two halves: the generator is updated with the discriminator frozen, then the discriminator with
+the generated images as constants. Losses: adt.py, add.py. Networks: models/. Read next: evaluate.py"""
 
+import signal
+import sys
 import time
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 from tqdm import tqdm
@@ -17,8 +20,7 @@ import discriminator
 import evaluate
 from models import hub, latent_cache, loading, preflight
 from utils import checkpoint, cli, distributed, failures, launch, report
-from utils import config as settings
-from utils.config import Method
+from utils.config import Method, provenance, settings_help
 from utils.distributed import all_reduce_sum_, clip_grad_norm
 from utils.training_state import DIAGNOSE_WINDOW, TrainingState, prepare_networks
 
@@ -84,10 +86,8 @@ class Trainer(TrainingState):
             if self.check_finite(d_logs, self.scaler_d):
                 self.scaler_d.step(self.opt_d)
             self.scaler_d.update()
-
         self.step += 1
-        skipped = {"skipped_steps": self.num_skipped} if self.skip_nan else {}
-        return g_logs | d_logs | skipped
+        return g_logs | d_logs | ({"skipped_steps": self.num_skipped} if self.skip_nan else {})
 
 
 def show_samples(trainer, run_config, captions, reporter):
@@ -144,17 +144,16 @@ def configure(args):
 
 
 def setup(args):
-    """Build everything -> run_config, run_dir, trainer, evaluator (None without a table). Nothing is written
-    into the run folder; ValueError or OSError with one sentence if the run is impossible."""
+    """-> run_config, run_dir, trainer, evaluator or None; ValueError or OSError if the run is impossible."""
     run_config, run_dir, config = configure(args)
     method, model_name = METHODS[run_config["method"]], run_config["model"]
     launch.set_threads(is_large=model_name != "tiny")
     run_config["sampling_configs"] = [row[1:] for row in config.eval_sampling_configs() if row[0] == "after"]
-    if not args.resume:
-        checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
     max_resolution = method.max_resolution.get(model_name)
     preflight.check_run(run_config, config, max_resolution)            # before anything is downloaded
-    dataset_name = data.dataset_name(run_config["data"])
+    dataset_name = data.dataset_name(run_config["data"], resumed_run=None if args.data else args.resume)
+    if not args.resume and model_name != "tiny":                       # loading takes minutes
+        checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
     model = loading.load_model(model_name, dataset_name, run_config["pretrained"], run_config["resolution"],
                                run_config["vae"], max_resolution)
     if model.is_large:
@@ -166,11 +165,10 @@ def setup(args):
                                         *dataset.all_captions])
         text_dim = model.encode_prompts([""])["pooled"].shape[1]
     model.release_text_encoders(dataset.has_fixed_captions)
-
     torch.manual_seed(run_config["seed"])
     device = distributed.get_device()
     network = loading.load_backbone(model_name, dataset_name, config.backbone, run_config["backbone"],
-                                    run_config["pretrained"]).to(device)
+                                    run_config["pretrained"], dataset.fingerprint).to(device)
     if config.whiten_features and config.lambda_adv and not args.resume:  # a checkpoint holds the whitening
         batch = dataset.sample_batch(32 if model.is_large else 256, torch.Generator().manual_seed(0))
         images = batch.to(device, model.resolution).image
@@ -183,13 +181,12 @@ def setup(args):
         latent_cache.cache_latents(model, dataset, config.needs_images)
     trainer = Trainer(model, teacher, disc, method.module, config, dataset, run_config["steps"],
                       run_config["seed"], run_config["on_nan"] == "skip", run_config["batch_parts"])
-    if args.resume:
-        trainer.resume(run_dir, args.allow_data_change)
-
     num_samples = cli.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
     evaluator = None
     if num_samples and not model.is_large:
         evaluator = evaluate.Evaluator(dataset, num_samples, weights_dir=run_config["pretrained"])
+    if not args.resume:                                                # what was mistyped is told first
+        checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
     return run_config, run_dir, trainer, evaluator
 
 
@@ -205,7 +202,7 @@ def final_evaluation(trainer, evaluator, run_dir, captions):
 
 
 def run_training(args):
-    """Train, save and evaluate one run."""
+    """Train, save and evaluate one run. Its checkpoint is read when no other process can write any more."""
     run_config, run_dir, trainer, evaluator = setup(args)
     is_main = distributed.get_rank() == 0
     captions = run_config["prompts"] or trainer.dataset.sample_batch(
@@ -213,9 +210,12 @@ def run_training(args):
     metadata = {k: run_config[k] for k in ("method", "recipe", "overrides", "seed")}
     metadata["data"] = trainer.dataset.name
     with checkpoint.lock_run_dir(run_dir):
-        sources = settings.provenance(METHODS[run_config["method"]], trainer.config, run_config["model"],
-                                      run_config["lora_rank"] > 0, run_config["world_size"],
-                                      run_config["recipe"])
+        if args.resume:
+            trainer.resume(run_dir, args.allow_data_change)
+        elif is_main:                                                  # again: another may have been faster
+            checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
+        sources = provenance(METHODS[run_config["method"]], trainer.config, run_config["model"],
+                             run_config["lora_rank"] > 0, run_config["world_size"], run_config["recipe"])
         checkpoint.create_run_dir(run_dir, run_config, sources, bool(args.resume))
         if is_main and trainer.model.is_large:
             print(preflight.describe_run(run_config, run_dir, trainer, METHODS[run_config["method"]]))
@@ -236,15 +236,15 @@ def run_training(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with failures.clear_exit(parser, "train.py"):
+    with failures.clear_exit(parser, "train.py", failures.SMALLER_TRAINING):
         if cli.wants_settings_help(args, METHODS, MODELS):
-            print(settings.settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full,
-                                         args.recipe or "paper"))
+            print(settings_help(METHODS[args.method or "adt"], args.model or "tiny", not args.full,
+                                args.recipe or "paper"))
             return
         with launch.process_group(args, configure, main, argv):
             run_training(args)
 
 
 if __name__ == "__main__":
-    failures.interrupt_on_sigterm()
+    failures.start_program()
     main()

@@ -27,6 +27,10 @@ class LatentCache(PromptCache):
     """{name of an image, flipped or not: {"moments": (2C, h, w), "micro_cond": (4,)}}."""
     content = "latents"
 
+    def digest(self, name):
+        """The name of an entry in the files. It holds a file's name, which need not be valid Unicode."""
+        return hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:16]
+
 
 def latent_hash(model, dataset):
     """A name for everything that the moments of an image depend on -> 32 hexadecimal digits: the VAE's

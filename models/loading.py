@@ -10,7 +10,9 @@ from models.backbones import EvalClassifier, TinyCNN, TinyViT, load_dino
 from models.efficientnet import EfficientNetLite0
 from models.families import MODEL_FAMILIES, load_denoiser
 from models.tiny import TinyDenoiser
+from utils import distributed
 from utils.checkpoint import load_state_dict_strict, load_weights
+from utils.messages import print_message
 
 WEIGHTS_DIR = Path(__file__).parent.parent / "weights"
 
@@ -26,37 +28,57 @@ def weights_path(network_name, dataset_name, weights_dir=None):
 
 
 def load_frozen(network_cls, path):
-    """A frozen TinyViT, TinyCNN or EvalClassifier from its file."""
+    """A frozen TinyViT, TinyCNN or EvalClassifier from its file; `metadata` is what its header says."""
     state, metadata = load_weights(path)
     if "attributes" not in metadata:
         raise ValueError(f"{path} is not a {network_cls.__name__}: its header has no 'attributes'")
     network = load_state_dict_strict(network_cls(metadata["attributes"]), state, path)
+    network.metadata = metadata
     return network.eval().requires_grad_(False)
 
 
-def load_backbone(model_name, dataset_name, kind="vit", source=None, weights_dir=None):
+def was_trained_on(network, fingerprint):
+    """Whether a data set's fingerprint is that of the images which a network of load_frozen was trained on. A
+    part of the glyphs counts as glyphs; a file that does not say what it was trained on is trusted."""
+    found = network.metadata.get("fingerprint", network.metadata.get("data", fingerprint))
+    return found.partition(":")[0] == fingerprint.partition(":")[0]
+
+
+def load_backbone(model_name, dataset_name, kind="vit", source=None, weights_dir=None, fingerprint=None):
     """The backbone of a model's discriminator.
 
     sd15, sdxl, sd3: DINOv2 from `source` (a transformers folder or hub id), or with random weights.
     tiny: kind is vit (TinyViT), cnn (TinyCNN) or random (TinyViT without training), trained on this data set.
-    Its file is looked for in `source` (a folder), else in `weights_dir`, else in the project's weights/."""
+    Its file is looked for in `source` (a folder), else in `weights_dir`, else in the project's weights/. With
+    the `fingerprint` of the data set, a line says if the file in weights_dir was trained on other images."""
     if model_name in MODEL_FAMILIES:
         return load_dino(kind, source)
     if kind not in ("vit", "cnn", "random"):
         raise ValueError(f"unknown backbone '{kind}': wanted vit, cnn or random")
     if source and not (Path(source) / "backbone.safetensors").is_file():
         raise FileNotFoundError(f"--backbone {source}: wanted a folder with a backbone.safetensors")
-    if kind == "cnn":
-        return load_frozen(TinyCNN, weights_path("cnn", dataset_name, source or weights_dir))
-    vit = load_frozen(TinyViT, weights_path("backbone", dataset_name, source or weights_dir))
+    network_cls, file_name = (TinyCNN, "cnn") if kind == "cnn" else (TinyViT, "backbone")
+    path = weights_path(file_name, dataset_name, source or weights_dir)
+    network = load_frozen(network_cls, path)
     if kind == "random":
-        return TinyViT([head.out_features for head in vit.attribute_heads])
-    return vit
+        return TinyViT([head.out_features for head in network.attribute_heads])
+    is_other = fingerprint and not source and not was_trained_on(network, fingerprint)
+    if is_other and distributed.get_rank() == 0:
+        print_message(f"the discriminator's backbone {path} was trained on other images or captions than the "
+                      "data set has now, or by an older version, which compared sizes only")
+    return network
 
 
-def load_eval_classifier(dataset_name, weights_dir=None):
-    """The pretrained evaluation classifier of a data set."""
-    return load_frozen(EvalClassifier, weights_path("eval_classifier", dataset_name, weights_dir))
+def load_eval_classifier(dataset_name, weights_dir=None, fingerprint=None):
+    """The pretrained evaluation classifier of a data set. ValueError if it was trained on other images than
+    those with this fingerprint: its classes would be other captions."""
+    path = weights_path("eval_classifier", dataset_name, weights_dir)
+    classifier = load_frozen(EvalClassifier, path)
+    if fingerprint and not was_trained_on(classifier, fingerprint):
+        raise ValueError(f"{path} was trained on other images or captions than '{dataset_name}' has now, or "
+                         "by an older version, which compared sizes only: train the networks again with "
+                         "python -m scripts.pretrain, or measure nothing (train.py --eval-samples 0)")
+    return classifier
 
 
 def load_efficientnet():

@@ -9,6 +9,7 @@ from models.denoiser import Denoiser
 from models.families import check_sampling_configs
 from models.loading import load_model, weights_path
 from utils.checkpoint import load_run_config
+from utils.hub_data import folder_name, is_built_in
 
 
 class LoadedModel(NamedTuple):
@@ -21,9 +22,14 @@ class LoadedModel(NamedTuple):
     sampling_configs: list | None                       # [(num_steps, settings)] as stored, unchecked
 
 
+def short_name(dataset_name):
+    """The name under which weights/ knows a data set."""
+    return dataset_name if is_built_in(dataset_name) else folder_name(dataset_name)
+
+
 def load_pretrained(name, network_name, dataset_name, resolution=None):
     """The model in weights/DATA/NETWORK.safetensors."""
-    path = weights_path(network_name, Path(dataset_name).name)
+    path = weights_path(network_name, short_name(dataset_name))
     if not path.is_file():
         raise FileNotFoundError(f"no pretrained '{name}' for the data set '{dataset_name}': wanted {path}")
     model = load_model("tiny", dataset_name, path, resolution)
@@ -73,7 +79,7 @@ def load_named_models(names, pretrained_names, dataset_name=None, model_name="ti
     dataset_name = next((run.dataset_name for run in runs.values()), dataset_name or "glyphs")
     if not names:
         names = [name for name, network_name in pretrained_names.items()
-                 if name == "base" or weights_path(network_name, Path(dataset_name).name).is_file()]
+                 if name == "base" or weights_path(network_name, short_name(dataset_name)).is_file()]
     models = []
     for name in dict.fromkeys(names):
         if name in runs:
@@ -85,6 +91,7 @@ def load_named_models(names, pretrained_names, dataset_name=None, model_name="ti
             models.append(LoadedModel(name, model, model_name, dataset_name, None, configs))
         else:
             models.append(load_pretrained(name, pretrained_names[name], dataset_name, resolution))
-    if len({Path(item.dataset_name).name for item in models}) > 1:
+    names = {item.dataset_name for item in models}
+    if len(set(map(short_name, names))) > 1 or sum(Path(name).is_absolute() for name in names) > 1:
         raise ValueError("these models belong to different data sets: evaluate one data set at a time")
     return models

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+LATENT_MULTIPLE = 8                    # the sides of latents must be multiples of this
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor")            # of Stable Diffusion 1.5
 
 
@@ -110,10 +111,11 @@ def silence_libraries():
 
 def checkpoint_resolution(network_config, vae_config):
     """The resolution that a checkpoint was trained at, from the configs of its network and VAE; None if they
-    do not tell. The smaller side if it is not square."""
+    do not tell. The smaller side if it is not square, rounded down to what the network can take."""
     sample_size = network_config.get("sample_size")
     block_out_channels = vae_config.get("block_out_channels")
-    if not sample_size or not block_out_channels:
+    sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
+    if not sides or not all(isinstance(side, int) for side in sides) or not block_out_channels:
         return None
-    side = min(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
-    return side * 2 ** (len(block_out_channels) - 1)
+    latent_side = min(sides) // LATENT_MULTIPLE * LATENT_MULTIPLE
+    return latent_side * 2 ** (len(block_out_channels) - 1) or None

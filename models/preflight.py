@@ -61,8 +61,11 @@ def estimate_before_loading(run_config, max_resolution=None):
 
 
 def check_run(run_config, config, max_resolution=None):
-    """ValueError for what would stop a run later: the machine, --report-to, --push-to-hub. max_resolution:
-    the method's, for checkpoints of more pixels."""
+    """ValueError for what would stop a run later: the machine, --fsdp, --report-to, --push-to-hub.
+    max_resolution: the method's, for checkpoints of more pixels."""
+    if run_config["fsdp"] and not torch.distributed.is_initialized():
+        raise ValueError("--fsdp divides the weights among several processes, and this is one process: start "
+                         "them with torchrun --nproc-per-node N train.py …, or leave --fsdp out")
     if run_config["model"] != "tiny":
         check_machine(run_config, config, max_resolution)
     report.check_tracker(run_config["report_to"])

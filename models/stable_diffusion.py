@@ -68,7 +68,7 @@ class LatentDenoiser(Denoiser):
         self.lora_layers = []          # layers with adapters; a list, so that they are no second submodules
         self.lora_disabled = False     # in a frozen copy: the network without its adapters
         vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.size_multiple = 8 * vae_scale_factor
+        self.size_multiple = pipelines.LATENT_MULTIPLE * vae_scale_factor
         if resolution < 1 or resolution % self.size_multiple:
             raise ValueError(f"--resolution {resolution}: wanted a multiple of {self.size_multiple}, since "
                              "the network halves the latent three times")

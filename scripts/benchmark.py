@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -21,6 +22,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +42,7 @@ from scripts import make_figures
 from scripts.memory_of_large_models import AllocationTracker
 from scripts.network_calls import CallRecorder, time_call
 from utils import checkpoint, distributed, launch, training_state
-from utils.failures import clear_exit
+from utils.failures import clear_exit, start_program
 from utils.plotting import markdown_table, save_images
 from utils.precision import PRECISIONS, autocast, compute_dtype, default_precision
 
@@ -377,4 +381,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    start_program()
     main()

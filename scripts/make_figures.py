@@ -12,10 +12,15 @@ import hashlib
 import inspect
 import json
 import re
+import signal
 import subprocess
+import sys
 import textwrap
 from functools import cache
 from pathlib import Path
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +33,7 @@ from evaluate import PRETRAINED, check_sampling_configs, sample
 from models.loading import load_backbone, load_model, weights_path
 from scripts.panel import PanelEvaluator
 from scripts.run_study import REAL_SEED, cached_metrics
-from utils.failures import clear_exit
+from utils.failures import clear_exit, start_program
 from utils.plotting import aggregate_seeds, format_steps, image_grid, metrics_table
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +43,7 @@ COMMAND = "python -m scripts.make_figures"
 COLOURS = {"base": "tab:gray", "adt": "tab:blue", "add": "tab:red"}
 LABELS = {"base": "base", "adt": "ADT", "add": "ADD student"}
 STEPS = {"base": (1, 2, 4, 10, 25, 50), "adt": (2, 4, 10, 20, 50), "add": (1, 2, 4)}
+NUM_IMAGES = 2000                                                      # in each row of a table
 FONT_SIZE = 8                                                          # points, the smallest text
 
 
@@ -55,7 +61,7 @@ def load_pretrained(name, dataset_name):
 
 @cache
 def build_evaluator(dataset_name):
-    return PanelEvaluator(data.build_dataset(dataset_name), 2000, seed=REAL_SEED)
+    return PanelEvaluator(data.build_dataset(dataset_name), NUM_IMAGES, seed=REAL_SEED)
 
 
 def git_commit():
@@ -328,9 +334,18 @@ TABLE_RE = re.compile(r"(<!-- study (\S+): (.*?) -->\n).*?(?=<!-- end -->)", re.
 
 
 def load_studies():
-    """-> {STUDY-DATA: [(label, metrics)]} of all studies in results/."""
-    return {path.stem.removeprefix("study-"): json.loads(path.read_text())
-            for path in sorted(RESULTS_DIR.glob("study-*.json"))}
+    """-> {STUDY-DATA: [(label, metrics)]} of all studies in results/. ValueError if one has other numbers of
+    images than the pages say."""
+    studies = {}
+    for path in sorted(RESULTS_DIR.glob("study-*.json")):
+        rows = json.loads(path.read_text())
+        found = {metrics.get("num_images", NUM_IMAGES) for _, metrics in rows}
+        if found != {NUM_IMAGES}:
+            numbers = ", ".join(str(number) for number in sorted(found))
+            raise ValueError(f"{path} was measured with {numbers} images in a row, wanted {NUM_IMAGES}: "
+                             "measure it again without --eval-samples")
+        studies[path.stem.removeprefix("study-")] = rows
+    return studies
 
 
 def fill_tables(text):
@@ -379,4 +394,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    start_program()
     main()

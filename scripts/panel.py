@@ -8,7 +8,12 @@ the tables' own metrics for the same images. The row "real images" is what other
 Read next: utils/panel.py"""
 
 import argparse
+import signal
+import sys
 from collections import Counter
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 
@@ -121,7 +126,7 @@ def measure_all(args):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    with failures.clear_exit(parser, "panel"):
+    with failures.clear_exit(parser, "panel", "fewer --eval-samples need less"):
         rows = measure_all(args)
         table = (f"{plotting.metrics_table(rows)}\n\n{args.eval_samples:,} images in each row. Lower is "
                  "better for fd, fd_efficientnet, sw_pixel, sw_patch, border, grain; auc is best at .5; "
@@ -131,5 +136,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    failures.interrupt_on_sigterm()
+    failures.start_program()
     main()

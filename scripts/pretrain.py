@@ -13,10 +13,15 @@ import argparse
 import json
 import math
 import shlex
+import signal
+import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +32,7 @@ import losses
 from models.backbones import EvalClassifier, TinyCNN, TinyViT
 from models.tiny import TinyDenoiser, TinyTextEncoder
 from utils import checkpoint
-from utils.failures import RunFailed, clear_exit
+from utils.failures import RunFailed, clear_exit, start_program
 from utils.precision import autocast
 from utils.training_state import ramped_ema_decay
 
@@ -247,8 +252,9 @@ def check_output(names, dataset, output_dir, overwrite):
     for name in [name for name in RECIPES if name in kept or name not in names]:
         path = output_dir / f"{name}.safetensors"
         if path.is_file() and checkpoint.load_weights(path)[1].get("fingerprint", own) != own:
-            raise ValueError(f"{path} was trained on other images or captions than '{dataset.name}' has now: "
-                             "--output-dir names another folder, --overwrite without --network starts again")
+            raise ValueError(f"{path} was trained on other images or captions than '{dataset.name}' has now, "
+                             "or by an older version, which compared sizes only: --output-dir names another "
+                             "folder, --overwrite without --network starts again")
     for name in names:
         state_path = output_dir / f"{name}.state"
         if overwrite:
@@ -270,26 +276,28 @@ def continue_command(args, output_dir):
     return shlex.join(command)
 
 
-def pretrain(args, stop_requests):
-    """Train all requested networks -> a sentence that says what is there and what to do next."""
+def pretrain(args):
+    """Train all requested networks -> a sentence that says what is there and what to do next. RunFailed if
+    a signal stopped it: before the first network at once, afterwards with everything saved."""
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: a network needs at least one step")
     dataset = data.build_dataset(args.data)
     if isinstance(dataset, data.StreamedImages):
         raise ValueError(f"--data {args.data} is streamed, its words are not known: name a smaller data set")
-    output_dir = Path(args.output_dir or Path("runs", f"pretrain-{dataset.name.replace('/', '-')}"))
+    default_name = checkpoint.short_file_name(f"pretrain-{dataset.name.replace('/', '-')}")
+    output_dir = Path(args.output_dir or Path("runs", default_name))
     names = [name for name in RECIPES if args.network in (None, name)]
     TinyTextEncoder(dataset.vocab).tokenize(dataset.all_captions)      # ValueError for a caption too long
     output_dir.mkdir(parents=True, exist_ok=True)
-    with checkpoint.lock_run_dir(output_dir):
+    with checkpoint.lock_run_dir(output_dir), checkpoint.defer_signals() as stop_requests:
         check_output(names, dataset, output_dir, args.overwrite)
         for name in names:
             recipe = RECIPES[name].get(args.data, RECIPES[name]["fashion"])
             recipe = replace(recipe, steps=args.steps or recipe.steps)
             steps_done = train_network(name, dataset, recipe, output_dir, args.prediction_type, stop_requests)
             if stop_requests:
-                return (f"stopped after step {steps_done} of {name}; everything is saved, continue with: "
-                        f"{continue_command(args, output_dir)}")
+                raise RunFailed(f"stopped after step {steps_done} of {name}; everything is saved, continue "
+                                f"with: {continue_command(args, output_dir)}", 128 + stop_requests[0][0])
     message = f"wrote {', '.join(names)} to {output_dir}"
     if all((output_dir / f"{name}.safetensors").is_file() for name in RECIPES):
         message += ("; use them with: " + shlex.join(["python", "train.py", "--data", args.data,
@@ -300,12 +308,9 @@ def pretrain(args, stop_requests):
 def main(argv=None):
     parser, args = parse_args(argv)
     with clear_exit(parser, "pretrain.py"):
-        with checkpoint.defer_signals() as stop_requests:
-            message = pretrain(args, stop_requests)
-        if stop_requests:
-            raise RunFailed(message, 128 + stop_requests[0][0])
-        print(f"\n{message}")
+        print(f"\n{pretrain(args)}")
 
 
 if __name__ == "__main__":
+    start_program()
     main()

@@ -18,11 +18,15 @@ import argparse
 import itertools
 import json
 import shlex
+import signal
 import statistics
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import data
 import train
@@ -31,7 +35,7 @@ from scripts import pretrain
 from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
-from utils.failures import clear_exit
+from utils.failures import clear_exit, signal_number, start_program
 from utils.plotting import aggregate_seeds, format_steps, metrics_table
 
 
@@ -265,8 +269,8 @@ def collect_results(args, study, dataset, evaluator):
     rows.append(("real images", "", real_metrics))
     if any(experiment.paper_value for experiment in study.rows):
         rows = [(label, value, {"paper": value, **metrics}) for label, value, metrics in rows]
-    return [(label, {name: round_metric(value) for name, value in metrics.items()})
-            for label, _, metrics in rows]
+    return [(label, {**{name: round_metric(value) for name, value in metrics.items()},
+                     "num_images": len(evaluator.captions)}) for label, _, metrics in rows]
 
 
 def round_metric(value):
@@ -314,8 +318,9 @@ def main(argv=None):
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)
         try:
             rows = collect_results(args, study, dataset, evaluator)
-        except KeyboardInterrupt:
-            parser.exit(130, f"\nrun_study.py: stopped, metrics are saved; continue with: {command}\n")
+        except KeyboardInterrupt as stop:
+            parser.exit(128 + signal_number(stop), "\nrun_study.py: stopped, metrics are saved; continue "
+                        f"with: {command}\n")
         except SystemExit as stop:                                     # of train.py: stopped, or failed
             parser.exit(stop.code, f"run_study.py: the study continues with: {command}\n")
         table = metrics_table(aggregate_seeds(rows), all_columns=True)
@@ -326,4 +331,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    start_program()
     main()

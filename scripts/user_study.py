@@ -15,7 +15,12 @@ import base64
 import hashlib
 import io
 import json
+import signal
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import torch
 
@@ -24,7 +29,7 @@ from models.loading import MODEL_FAMILIES
 from models.named import load_named_models
 from utils import arguments, distributed, plotting
 from utils.checkpoint import atomic_write_text
-from utils.failures import clear_exit
+from utils.failures import clear_exit, start_program
 
 QUESTIONS = ("quality", "prompt")
 BOOTSTRAP_SAMPLES = 1000
@@ -52,7 +57,7 @@ def render_page(names, captions, images):
 def read_prompts(path):
     """A text file with one caption per line -> the captions; empty lines are skipped."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompts-file {path}: wanted a text file with a caption per line, could not read "
                          f"it ({error})") from None
@@ -68,16 +73,12 @@ def write_page(args):
     loaded = load_named_models(args.models, evaluate.PRETRAINED, args.data, args.model, args.pretrained,
                                args.resolution)
     model_of = dict(zip(dict.fromkeys(args.models), loaded))         # one model may be compared with itself
-    settings_of_args = arguments.sampling_settings(args)
+    steps_of_models = args.steps.split(",") if args.steps else [None, None]
     names, images = [], []
-    for i, name in enumerate(args.models):
+    for name, steps in zip(args.models, steps_of_models):
         item = model_of[name]
-        configs = evaluate.check_sampling_configs(item.sampling_configs, item.path)
-        num_steps, settings = (configs or evaluate.DEFAULT_SAMPLING_CONFIGS)[0]
-        if args.steps:
-            num_steps = int(args.steps.split(",")[i])
-        settings = {**settings, **settings_of_args}
-        evaluate.sampling_timesteps(item.model, num_steps, settings)
+        own_args = argparse.Namespace(**{**vars(args), "steps": steps})
+        num_steps, settings = evaluate.possible_configs(item, own_args)[0]
         item.model.to(distributed.get_device())
         item.model.precompute_prompt_embeds(["", *captions])
         batches = evaluate.sample_batches(item.model, captions, num_steps, seed=args.seed, **settings)
@@ -211,4 +212,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    start_program()
     main()

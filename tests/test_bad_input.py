@@ -272,7 +272,7 @@ def checkpoints():
             file.writestr("archive/data.pkl", pickle.dumps(Evil()))
         return packed.getvalue()
 
-    state = {"run_id": ["adt", "glyphs", 0], "data": "glyphs", "params": [], "ema": [], "step": 0,
+    state = {"run_id": ["adt", 0], "data": "glyphs", "params": [], "ema": [], "step": 0,
              "num_skipped": 0, "warmup_steps_d": 0, "disc": {}, "opt_g": {}, "opt_d": {}}
     cases = {
         "0 bytes": b"", "text": b"no checkpoint", "zero bytes": b"\0" * 1000, "a list": bundle([1, 2]),
@@ -343,7 +343,7 @@ def weight_files():
             "header: a word is a number": (one, {**good, "vocab": "[3]"}),
             "header: unknown prediction type": (one, {**good, "prediction_type": '"z"'}),
             "header: prediction type is a list": (one, {**good, "prediction_type": "[]"}),
-            "NaN weights": ({name: torch.full_like(value, float("nan"))
+            "NaN weights": ({name: torch.full(value.shape, float("nan"))
                             for name, value in tiny.state_dict().items()},
                            {"vocab": json.dumps(tiny.vocab),
                             "prediction_type": json.dumps(tiny.prediction_type)})}

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from conftest import ROOT, copy_run, train_run
 from discriminator import DiscriminatorInputs
+from models.named import load_run
 from utils import checkpoint, training_state
+from utils.messages import is_out_of_memory
 
 RESUME = ["--eval-samples", "0", "--resume"]
 
@@ -237,6 +241,7 @@ def test_weights_that_became_infinite_are_not_saved(tmp_path, capsys, rate):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
                                    MemoryError()])
 @pytest.mark.parametrize("when", ["setup", "training"])
 def test_out_of_memory_is_a_sentence(tmp_path, adt_run, at_step, monkeypatch, capsys, error, when):
@@ -256,6 +261,31 @@ def test_out_of_memory_is_a_sentence(tmp_path, adt_run, at_step, monkeypatch, ca
     assert "gradient_accumulation_steps" in message
     if when == "training":
         assert f"the checkpoint of step 2 is good: python train.py --resume {run_dir}" in message
+        assert "a new run needs less with a smaller batch_size" in message
+        assert f"(--pretrained {run_dir})" in message        # --resume keeps its batch_size
+
+
+@pytest.mark.parametrize("text", [
+    "[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to allocate",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED",
+    "unable to mmap 1000 bytes from file <x>: Cannot allocate memory (12)",
+    "unable to allocate shared memory(shm) for file </x>: Cannot allocate memory (12)", "std::bad_alloc",
+    "could not create a memory object", "MPS backend out of memory"])
+def test_a_lack_of_memory_is_recognised_by_its_text(text):
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_a_lack_of_memory_while_saving_is_not_blamed_on_the_disk(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    assert exit_code(tmp_path / "run", "--steps", "1") == 1
+    message = capsys.readouterr().err
+    assert "out of memory; a new run needs less" in message
+    assert "cannot write" not in message
 
 
 def test_other_runtime_errors_keep_their_traceback(at_step, tmp_path):
@@ -381,6 +411,7 @@ def test_a_long_log_is_subsampled_for_the_curves(tmp_path):
 def resumed(adt_run):
     """A Trainer that has resumed the run, and the state that it loaded."""
     trainer = train.setup(train.parse_args([*RESUME, str(adt_run), "--steps", "3"])[1])[2]
+    trainer.resume(adt_run)
     return trainer, torch.load(adt_run / "checkpoint.pt", weights_only=True)
 
 
@@ -391,7 +422,7 @@ def resumed(adt_run):
     lambda s: s["opt_g"]["state"][0].update(step="x"),
     lambda s: s.update(step="x"), lambda s: s.update(step=-3), lambda s: s.update(step=1.5),
     lambda s: s.update(step=None), lambda s: s.update(num_skipped="x"),
-    lambda s: s.update(run_id=["add", "glyphs", 0]), lambda s: s.pop("data"),
+    lambda s: s.update(run_id=["add", 0]), lambda s: s.pop("data"),
     lambda s: s.update(warmup_steps_d="x"), lambda s: s.pop("warmup_steps_d"),
     lambda s: s["ema"][0].fill_(float("nan")), lambda s: s["params"][0].fill_(float("inf")),
     lambda s: s["disc"]["heads.0.conv_out.bias"].fill_(float("nan")),
@@ -441,6 +472,7 @@ def test_a_resumed_run_sees_the_data_it_was_trained_on(tmp_path, monkeypatch, ca
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     images = make_image_folder(tmp_path / "a" / "pics", n=40)
+    Image.new("RGB", (40, 60), "red").save(images / "0.png", "bmp")
     make_image_folder(tmp_path / "b" / "pics", n=30)
     pretrain.main(["--data", str(images), "--steps", "1", "--output-dir", str(tmp_path / "weights")])
     monkeypatch.chdir(tmp_path / "a")
@@ -449,6 +481,10 @@ def test_a_resumed_run_sees_the_data_it_was_trained_on(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path / "b")
     train.main([*RESUME, str(run_dir), "--steps", "2"])
     assert json.loads((run_dir / "config.json").read_text())["data"] == str(images)
+    Image.new("RGB", (40, 60), "blue").save(images / "0.png", "bmp")   # repainted in a file of the same size
+    assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "3") == 2
+    assert "--allow-data-change" in capsys.readouterr().err
+    Image.new("RGB", (40, 60), "red").save(images / "0.png", "bmp")
     next(images.glob("*.png")).unlink()
     if (images / "metadata.jsonl").exists():
         lines = (images / "metadata.jsonl").read_text().splitlines()
@@ -458,6 +494,57 @@ def test_a_resumed_run_sees_the_data_it_was_trained_on(tmp_path, monkeypatch, ca
     assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "3") == 2
     assert "--allow-data-change" in capsys.readouterr().err
     train.main([*RESUME, str(run_dir), "--steps", "3", "--allow-data-change"])
+    assert checkpoint_and_log(run_dir)[0]["step"] == 3
+
+
+def test_a_resumed_run_finds_its_data_in_another_place(tmp_path, capsys):
+    """The same data is taken from any place; other data there only with --allow-data-change."""
+    from test_data import make_image_folder
+
+    from scripts import pretrain
+    old, new, other = tmp_path / "old", tmp_path / "new", make_image_folder(tmp_path / "other", n=2)
+    make_image_folder(old)
+    pretrain.main(["--data", str(old), "--steps", "1", "--output-dir", str(tmp_path / "weights")])
+    run_dir = train_run(tmp_path / "run", "--data", str(old), "--pretrained", str(tmp_path / "weights"),
+                        "--method", "diffusion", "--steps", "1")
+    old.rename(new)
+    resume = [*RESUME, str(run_dir), "--steps"]
+    capsys.readouterr()
+    for more in ([], ["--allow-data-change"]):
+        assert exit_code(run_dir, *resume, "2", *more) == 2
+        message = capsys.readouterr().err
+        assert "no data set" in message and "add --data with its new place" in message
+    assert exit_code(run_dir, *resume, "2", "--data", str(other)) == 2
+    assert "trained on other images or captions than 'other' has now" in capsys.readouterr().err
+    train.main([*resume, "2", "--data", str(new)])
+    assert json.loads((run_dir / "config.json").read_text())["data"] == str(new)
+    train.main([*resume, "3"])
+    train.main([*resume, "4", "--data", str(other), "--allow-data-change"])
+    assert checkpoint_and_log(run_dir)[0]["step"] == 4
+
+
+@pytest.mark.parametrize("key,name", [("pretrained", "owner/name"), ("backbone", "owner/name"),
+                                      ("vae", "owner/name"), ("data", "owner/name#image,text")])
+def test_a_folder_is_not_taken_for_a_repository_of_the_hub(tmp_path, adt_run, monkeypatch, capsys, key, name):
+    """The run began where no folder had the name of the repository, and goes on where one has."""
+    run_dir = copy_run(adt_run, tmp_path / "run")
+    run_config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps({**run_config, key: name}))
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.load_run_config(run_dir / "config.json")[key] == name
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert exit_code(run_dir, *RESUME, str(run_dir), "--steps", "3") == 2
+    assert f"{key} owner/name, which was on the hub when the run began" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="rename it"):                 # in evaluate.py
+        load_run(str(run_dir))
+
+
+def test_a_checkpoint_of_an_older_version_names_its_data_in_its_id(tmp_path, adt_run):
+    run_dir = copy_run(adt_run, tmp_path / "run")
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["run_id"] == ["adt", 0]
+    torch.save({**state, "run_id": ["adt", "glyphs", 0]}, run_dir / "checkpoint.pt")
+    train.main([*RESUME, str(run_dir), "--steps", "3"])
     assert checkpoint_and_log(run_dir)[0]["step"] == 3
 
 
@@ -477,6 +564,37 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path, adt_run, capsys):
     assert "another process is training" in capsys.readouterr().err
     assert (run_dir / "log.jsonl").read_bytes() == before
     train.main([*RESUME, str(run_dir), "--steps", "3"])
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_run_that_another_process_finishes_meanwhile_is_kept(tmp_path, adt_run, monkeypatch, capsys,
+                                                               is_resumed):
+    """It is not there yet, or not as far, when this process starts; it is complete when this one is ready."""
+    finished = copy_run(adt_run, tmp_path / "finished")
+    train.main([*RESUME, str(finished), "--steps", "3"])
+    before = checkpoint_and_log(finished)
+    run_dir, setup = tmp_path / "run", train.setup
+    if is_resumed:
+        copy_run(adt_run, run_dir)
+
+    def slow_setup(args):
+        result = setup(args)
+        shutil.copytree(finished, run_dir, dirs_exist_ok=True)
+        return result
+
+    def no_step(trainer):
+        raise AssertionError(f"step {trainer.step} is trained again")
+
+    monkeypatch.setattr(train, "setup", slow_setup)
+    monkeypatch.setattr(train.Trainer, "train_step", no_step)
+    if is_resumed:
+        train.main([*RESUME, str(run_dir), "--steps", "3"])
+    else:
+        with pytest.raises(SystemExit) as stop:
+            train_run(run_dir, "--steps", "3")
+        assert stop.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    state, log = checkpoint_and_log(run_dir)
+    assert equal_nested((before[0]["params"], before[1]), (state["params"], log))
 
 
 def test_overwrite_replaces_runs_and_nothing_else(tmp_path, adt_run, monkeypatch):
@@ -516,6 +634,24 @@ def test_a_folder_is_replaced_completely_or_not_at_all(tmp_path):
         raise OSError("no space left on device")
     assert (target / "file").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_system_without_permissions_can_be_written_to(tmp_path, monkeypatch):
+    """FAT, NTFS and CIFS refuse chmod."""
+    def refuse(path, mode):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with checkpoint.atomic_write(tmp_path / "file") as tmp:
+        tmp.touch(0o600)
+    assert (tmp_path / "file").is_file()
+
+
+def test_the_group_that_a_folder_passes_on_stays(tmp_path):
+    with checkpoint.atomic_write(tmp_path / "folder") as tmp:
+        tmp.mkdir()
+        tmp.chmod(0o2700)
+    assert (tmp_path / "folder").stat().st_mode & stat.S_ISGID
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])

@@ -19,7 +19,7 @@ from PIL import Image
 
 import data
 from conftest import ROOT
-from utils import captioned_images, training_state
+from utils import captioned_images, image_decoding, training_state
 from utils.shuffling import EpochOrder
 
 
@@ -225,6 +225,16 @@ def test_a_few_unreadable_images_are_named_and_left_out(tmp_path, monkeypatch, c
         data.build_dataset(str(path)).sample_batch(119, seeded())
 
 
+def test_a_lack_of_memory_is_not_blamed_on_an_image(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    path = make_image_folder(tmp_path / "mine")
+    monkeypatch.setattr(image_decoding, "load_image", fail)
+    with pytest.raises(MemoryError):
+        data.build_dataset(str(path))
+
+
 def test_images_in_memory_and_on_disk_give_the_same_batch(tmp_path, monkeypatch):
     path = make_image_folder(tmp_path / "mine", n=12)
     cached = data.build_dataset(str(path)).sample_batch(5, seeded())
@@ -272,6 +282,17 @@ def test_a_fingerprint_identifies_the_data(tmp_path, glyphs):
     table.write_text(table.read_text().replace('"1.png"', '"one.png"'))
     assert fingerprint(copy) != original
     assert glyphs.fingerprint == "glyphs" and data.Fashion.fingerprint == "fashion"
+
+
+@pytest.mark.parametrize("side", [8, 800])
+def test_a_picture_repainted_in_a_file_of_the_same_size_changes_the_fingerprint(tmp_path, side):
+    """The larger file is hashed in parts."""
+    image, prints = tmp_path / "0.bmp", set()
+    (tmp_path / "0.txt").write_text("a picture")
+    for colour in ("red", "blue", "red"):
+        Image.new("RGB", (side, side), colour).save(image)
+        prints.add(data.build_dataset(str(tmp_path)).fingerprint)
+    assert len(prints) == 2
 
 
 # --------------------------------------------------------------------------------------------------- epochs
@@ -458,6 +479,22 @@ def test_preview_of_the_current_folder_has_its_name(tmp_path, monkeypatch, capsy
     assert (tmp_path / "mine" / "sub" / "mine.png").is_file()
 
 
+def test_a_preview_replaces_no_file_that_was_not_named(tmp_path, monkeypatch, capsys):
+    """In the folder cat, the default name cat.png may be one of the images."""
+    folder = make_image_folder(tmp_path / "cat", table=False)
+    image = (folder / "0.png").rename(folder / "cat.png")
+    (folder / "0.txt").rename(folder / "cat.txt")
+    content = image.read_bytes()
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--preview", "."])
+    assert stop.value.code == 2
+    assert "cat.png exists already: --output names another file" in capsys.readouterr().err
+    assert image.read_bytes() == content
+    for _ in range(2):
+        data.main(["--preview", ".", "--output", str(tmp_path / "sheet.png")])
+
+
 def folder_with_odd_names(path):
     """120 images, one of them unreadable, and three files that are no images. Some names have characters
     beyond Latin-1, a byte that is not UTF-8, or control characters."""
@@ -487,15 +524,18 @@ def test_the_command_survives_an_encoding_without_the_characters(tmp_path):
     assert done.returncode == 0 and "wrote \\u56f3.png" in done.stdout and done.stderr.isascii()
     assert (tmp_path / "図.png").is_file()
     (folder / "図.txt").unlink()
-    done = run_data("--preview", folder, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    done = run_data("--preview", folder, "--output", "図.png", cwd=tmp_path, PYTHONIOENCODING="cp1252")
     assert done.returncode == 2 and "no caption" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_ctrl_c_during_the_imports_is_exit_code_130():
-    process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / "data.py", "--preview", "glyphs",
-                                "--output", "x.txt"], stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("program", ["data.py", "evaluate.py", "train.py", *(
+    f"-m scripts.{name}" for name in ("pretrain", "panel", "run_study", "user_study", "benchmark",
+                                      "make_figures"))])
+def test_ctrl_c_during_the_imports_is_exit_code_130(program):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *program.split(), "--help"], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:    # one line per imported module
-        if "argparse" in line:
+        if "torch" in line:
             break
     process.send_signal(signal.SIGINT)
     error = process.communicate()[1]

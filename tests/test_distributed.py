@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from utils import distributed
 
 # Imports everything once, then forks the processes of each run. A line on stdin is JSON: the environment of
 # each process, the arguments of train.py, the path of their stderr. The answer is a list of exit codes.
+# Steps with a discriminator fail if a half leaves gradients in what it does not train.
 SERVER = """
 import json, os, sys, traceback
 import peft
@@ -26,6 +28,13 @@ import train
 from pathlib import Path
 from utils import plotting
 
+sys.path.insert(0, "tests")
+from tiny_families import checked_train_step
+
+train_step = train.Trainer.train_step
+def step(trainer):
+    return checked_train_step(trainer) if trainer.config.lambda_adv else train_step(trainer)
+train.Trainer.train_step = step
 plotting.plot_training_curves = lambda log, path: Path(path).touch()  # they take longer than the steps
 plotting.save_image_grid = lambda rows, path, *_, **__: Path(path).touch()
 
@@ -219,37 +228,119 @@ def test_small_gradients_share_an_all_reduce_and_are_summed_one_by_one(monkeypat
     assert calls == [4 * (3 + 200 + 1 + 600 + 1), 8000, 4 * (25 + 7), 72]
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables of process 0 of two, and a function that changes them: names and values."""
+    def change(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    change(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    return change
+
+
 @pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_an_incomplete_environment_is_one_sentence(monkeypatch, missing):
-    complete = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
-    for name, value in complete.items():
-        monkeypatch.setenv(name, value)
+def test_an_incomplete_environment_is_one_sentence(environment, monkeypatch, missing):
     monkeypatch.delenv(missing)
     with pytest.raises(ValueError, match=f"{missing} not: start several processes with torchrun"):
         distributed.init_distributed()
 
 
-def test_on_a_gpu_machine_local_rank_is_required(monkeypatch):
-    complete = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
-    for name, value in complete.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+@pytest.mark.parametrize("name,value,wanted", [
+    ("WORLD_SIZE", "0", "1 or more"), ("WORLD_SIZE", "two", "1 or more"), ("WORLD_SIZE", "", "1 or more"),
+    ("RANK", "x", "0 to 1"), ("RANK", "-1", "0 to 1"), ("RANK", "2", "0 to 1"), ("RANK", "0.5", "0 to 1"),
+    ("MASTER_PORT", "abc", "1 to 65535"), ("MASTER_PORT", "0", "1 to 65535"),
+    ("MASTER_PORT", "99999", "1 to 65535")])
+def test_an_impossible_environment_is_one_sentence(environment, name, value, wanted):
+    environment(**{name: value})
+    with pytest.raises(ValueError) as error:
+        distributed.init_distributed()
+    assert str(error.value) == (f"{name}={value}: wanted a whole number, {wanted}: start the processes with "
+                                "torchrun, which sets it")
+
+
+def test_on_a_gpu_machine_local_rank_is_required(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for value in ("2", "-1", "x"):
+        environment(LOCAL_RANK=value)
+        with pytest.raises(ValueError, match=f"LOCAL_RANK={value}: wanted a whole number, 0 to 1: start one"):
+            distributed.init_distributed()
+    monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="LOCAL_RANK not"):
         distributed.init_distributed()
 
 
-def test_a_lone_process_gives_up_in_time(monkeypatch):
-    complete = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in complete.items():
-        monkeypatch.setenv(name, value)
+def test_a_lone_process_gives_up_in_time(environment, monkeypatch):
     monkeypatch.setattr(distributed, "START_TIMEOUT_S", .3)
     with pytest.raises(ValueError, match="only 1 of 2 processes started"):
         distributed.init_distributed()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    environment(RANK=1, MASTER_PORT=1)
     with pytest.raises(ValueError, match="only 0 of 2 processes started"):
         distributed.init_distributed()
+
+
+def test_process_0_refuses_a_port_that_is_in_use(environment):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        environment(MASTER_PORT=port)
+        with pytest.raises(ValueError, match=rf"RANK=0 cannot open MASTER_PORT={port} \(.*only one of them"):
+            distributed.init_distributed()
+
+
+@pytest.fixture
+def connections(environment, monkeypatch):
+    """What the attempts of process 1 to reach process 0 give, one after the other: a store or an error."""
+    results = []
+
+    def connect(*_, **__):
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    environment(RANK=1)
+    monkeypatch.setattr(distributed, "is_listening", lambda *_: True)
+    monkeypatch.setattr(torch.distributed, "TCPStore", connect)
+    return results
+
+
+def test_a_process_that_another_program_refuses_tries_again(connections):
+    """Perhaps process 0 of an earlier run, which ends."""
+    store = torch.distributed.HashStore()
+    torch.distributed.PrefixStore("run0", store).add("num_ready", 1)
+    connections += [RuntimeError("Connection reset by peer"), RuntimeError("Ping failed"), store]
+    distributed.wait_for_processes(1, 2, lambda: None)
+    assert connections == []
+
+
+def test_a_process_that_another_program_never_answers_gives_up_in_time(connections, monkeypatch):
+    """torch waits for an answer in C++, whatever its timeout."""
+    answer = threading.Event()
+
+    def connect(*_, **__):
+        assert answer.wait(5), "the program waits along"
+        raise RuntimeError
+
+    monkeypatch.setattr(torch.distributed, "TCPStore", connect)
+    monkeypatch.setattr(distributed, "START_TIMEOUT_S", .3)
+    with pytest.raises(ValueError, match="only 0 of 2 processes started .* no other program uses"):
+        distributed.wait_for_processes(1, 2, lambda: None)
+    answer.set()
+
+
+def test_two_processes_of_one_rank_are_refused(connections, monkeypatch):
+    """They would count as two that are ready. torchrun may start its processes again in the same store."""
+    store = torch.distributed.HashStore()
+    connections += [store, store, store]
+    monkeypatch.setattr(distributed, "START_TIMEOUT_S", .3)
+    with pytest.raises(ValueError, match="only 1 of 2 processes started"):
+        distributed.wait_for_processes(1, 2, lambda: None)
+    with pytest.raises(ValueError, match="RANK=1: another process has it, too"):
+        distributed.wait_for_processes(1, 2, lambda: None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    distributed.wait_for_processes(1, 2, lambda: None)
 
 
 @pytest.mark.parametrize("leaves", [True, False])
@@ -280,7 +371,9 @@ def restore_sigint():
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_process_that_waits_for_the_others_can_be_stopped(number, code):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_the_others_can_be_stopped(environment, number, code, rank):
+    """Process 0 listens; process 1 waits for an answer of another program."""
     start = """
 import argparse
 from utils import distributed, failures
@@ -293,14 +386,20 @@ failures.interrupt_on_sigterm()
 with failures.clear_exit(argparse.ArgumentParser(), "program"):
     distributed.init_distributed()
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", start], cwd=ROOT, preexec_fn=restore_sigint, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-    assert process.stdout.readline() == "waiting\n"
-    time.sleep(.2)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        environment(RANK=rank, MASTER_PORT=listener.getsockname()[1] if rank else free_port())
+        process = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT, preexec_fn=restore_sigint,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            if rank:
+                listener.accept()                                      # is_listening
+                listener.accept()                                      # torch
+            time.sleep(.2)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code
     assert "Traceback" not in stderr
 

@@ -1,6 +1,7 @@
 """Metrics against closed forms, the evaluator against images of known quality, and evaluate.py's command."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,8 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_data import make_image_folder
 
+import data
 import evaluate
+import train
 from models import loading, named
 from models.loading import load_model
 from utils import metrics, plotting
@@ -330,9 +334,10 @@ def test_guidance_on_a_student_is_warned_of(student, tmp_path, monkeypatch, caps
     sampled_settings(monkeypatch, student, *output)
     sampled_settings(monkeypatch, "base", *output, "--guidance-scale", "3", "--steps", "4")
     assert "guidance" not in capsys.readouterr().err
-    sampled_settings(monkeypatch, student, *output, "--guidance-scale", "3")
-    warning = capsys.readouterr().err
-    assert "guidance mostly makes" in warning and len(warning.splitlines()) == 1
+    for more in ([], ["--stochasticity", ".9"]):
+        sampled_settings(monkeypatch, student, *output, "--guidance-scale", "3", *more)
+        warning = capsys.readouterr().err
+        assert "guidance mostly makes" in warning and len(warning.splitlines()) == 1
 
 
 def test_steps_that_a_student_cannot_take_are_named(student, tmp_path, monkeypatch, capsys):
@@ -373,6 +378,49 @@ def test_the_command_prints_a_table_and_says_what_it_wrote(tmp_path, drawing, ca
     assert len(list((tmp_path / "images" / "real images").glob("*.png"))) == 200
 
 
+def test_a_folder_named_like_a_built_in_data_set_has_none_of_its_networks(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    make_image_folder(tmp_path / "a" / "fashion")
+    for program in (train, evaluate):
+        with pytest.raises(SystemExit) as stop:
+            program.main(["--data", str(tmp_path / "a" / "fashion")])
+        assert stop.value.code == 2
+        assert "folder-fashion" in capsys.readouterr().err
+    assert data.build_dataset(str(tmp_path / "a" / "fashion")).name == "folder-fashion"
+    runs = []
+    for name in ("a", "b"):
+        run_config = {"method": "adt", "model": "tiny", "data": str(tmp_path / name / "fashion"), "seed": 0,
+                      "steps": 1, "overrides": []}
+        runs.append(tmp_path / f"run-{name}")
+        runs[-1].mkdir()
+        (runs[-1] / "config.json").write_text(json.dumps(run_config))
+        shutil.copy(loading.weights_path("denoiser", "fashion"), runs[-1])
+    for names in (runs, [runs[0], loading.weights_path("denoiser", "fashion")]):
+        with pytest.raises(ValueError, match="different data sets"):
+            named.load_named_models(list(map(str, names)), evaluate.PRETRAINED)
+
+
+def test_images_of_a_model_with_a_long_label_are_saved(base, tmp_path, monkeypatch):
+    """A run's label holds its path or all of its settings."""
+    folders = []
+    monkeypatch.setattr(evaluate, "evaluate_model",
+                        lambda evaluator, model, num_steps, folder, **_: folders.append(folder) or {})
+    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: torch.zeros(1, 3, 4, 4))
+    monkeypatch.setattr(plotting, "save_images", lambda *_: [])
+    evaluator = SimpleNamespace(reference_images=lambda: ([], []), real_metrics={})
+    models = [("图" * 100 + end, base, 1, {}) for end in ("a", "b", "b")]
+    evaluate.evaluate_models(models, ["a cat"], evaluator, image_dir=tmp_path)
+    assert len(set(folders)) == 3
+    for folder in folders:
+        folder.mkdir()
+
+
+def test_help_can_be_printed_in_any_encoding():
+    done = subprocess.run([sys.executable, "evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "Fr\\xe9chet" in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("function", ["prepare", "evaluate_models"])
 def test_ctrl_c_ends_without_a_traceback(function, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
@@ -382,6 +430,17 @@ def test_ctrl_c_ends_without_a_traceback(function, tmp_path, monkeypatch, capsys
         evaluate.main(["base", "--prompt", "a red umbrella", "--output", str(tmp_path / "x.png")])
     assert stop.value.code == 130 and "stopped" in capsys.readouterr().err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_without_memory_the_advice_is_one_that_can_be_followed(monkeypatch, capsys):
+    def fail(*_):
+        raise MemoryError
+    monkeypatch.setattr(evaluate, "prepare", fail)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["base"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "out of memory; fewer --eval-samples" in message
+    assert "batch_size" not in message
 
 
 @pytest.mark.parametrize("arguments,sentence", [
@@ -395,7 +454,8 @@ def test_ctrl_c_ends_without_a_traceback(function, tmp_path, monkeypatch, capsys
     (["base", "--pretrained", "nowhere"], "--pretrained is for large models"),
     (["base", "--eval-samples", "200", "--dinov2", "nowhere"], "--dinov2 is for large models"),
     (["base", "--aesthetic-predictor", "nowhere"], "--aesthetic-predictor is for large models"),
-    (["base", "add", "--data", "fashion", "--steps", "10,50"], "take fewer steps"),
+    (["add", "--data", "fashion", "--steps", "50"], "take fewer steps"),
+    (["base", "--resolution", "0"], "--resolution 0: wanted a number of pixels"),
     (["base", "--output", "grid.jpg"], "ending in .png"),
     (["base", "--guidance-scale", "nan"], "--guidance-scale"),
     (["base", "--stochasticity", "2"], "from 0 to 1"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ import data
 import train
 from conftest import train_run
 from scripts import pretrain
-from utils import captioned_images, distributed, hub_data
+from utils import captioned_images, distributed, failures, hub_data
 from utils.messages import BadInput
 
 datasets = pytest.importorskip("datasets")
@@ -153,6 +154,47 @@ def test_a_folder_with_image_files_stays_a_folder_of_images(tmp_path, capsys):
     assert "left out: 4 file(s)" in capsys.readouterr().out
 
 
+def test_shards_with_capital_suffixes_count_and_system_files_do_not(tmp_path, capsys):
+    folder = make_shards(tmp_path / "mine", 2)
+    (folder / "001.tar").rename(folder / "001.TAR")
+    (folder / "._000.tar").write_bytes(b"\0\5\x16\7")
+    assert len(data.build_dataset(str(folder)).captions) == 20
+    (folder / "000.tar").unlink()
+    assert len(data.build_dataset(str(folder)).captions) == 10
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("make, suffix", [(make_shards, ".tar"), (make_parquet, ".parquet")])
+def test_what_lies_beside_shards_and_tables_is_named(tmp_path, capsys, make, suffix):
+    folder = make(tmp_path / "mine")
+    for name in ("0.avif", "notes.md", "extra.csv"):
+        (folder / name).write_text("something")
+    assert len(data.build_dataset(str(folder)).captions) == 20
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1 and "left out: 3 file(s)" in line
+    assert f"that are not {suffix} files: 0.avif, extra.csv, notes.md" in line
+
+
+def test_a_folder_that_save_to_disk_wrote_has_nothing_to_leave_out(tmp_path, capsys):
+    data.build_dataset(str(saved_splits(tmp_path)))
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_shards_that_the_library_cannot_read_are_named(tmp_path):
+    def latin_caption(i):
+        return {"png": png_bytes(SHADES[i]), "txt": "für".encode("latin-1") if i == 7 else b"a caption"}
+
+    def mixed_formats(i):
+        return {"png" if i % 2 else "jpg": png_bytes(SHADES[i]), "txt": b"a caption"}
+
+    folder = make_shards(tmp_path / "latin", files=latin_caption)
+    assert complaint(folder) == f"0007.txt in {folder}/001.tar is not UTF-8: save it as UTF-8"
+    folder = make_shards(tmp_path / "mixed", files=mixed_formats)
+    assert f"{folder}/000.tar differ: some are jpg and txt, others png and txt" in complaint(folder)
+    folder = make_shards(tmp_path / "empty", files=lambda i: {})
+    assert f"{folder}/000.tar has no samples" in complaint(folder)
+
+
 def test_a_fingerprint_identifies_a_table(tmp_path):
     table = make_table()
     prints = set()
@@ -163,6 +205,33 @@ def test_a_fingerprint_identifies_a_table(tmp_path):
     other = make_table().map(lambda row: {"text": row["text"] + "!"})
     other.save_to_disk(tmp_path / "other")
     assert data.build_dataset(str(tmp_path / "other")).fingerprint not in prints
+
+
+def test_a_repainted_picture_changes_the_fingerprint_of_a_table(tmp_path):
+    """In the table, and in a file that the table names; the sizes stay as they are."""
+    outside, prints = tmp_path / "0.bmp", set()
+    for in_table in ("red", "blue"):
+        for in_file in ("red", "blue"):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), in_table).save(file, "bmp")
+            Image.new("RGB", (8, 8), in_file).save(outside)
+            cells = [{"bytes": file.getvalue(), "path": None}, {"bytes": None, "path": str(outside)},
+                     {"bytes": None, "path": "https://localhost/0.bmp"}, None]
+            kinds = {"image": datasets.Image(decode=False), "text": datasets.Value("string")}
+            table = datasets.Dataset.from_dict({"image": cells, "text": ["a"] * 4}, datasets.Features(kinds))
+            images = hub_data.TableImages(table, "image", ("text",), "owner/name", None)
+            prints.add(images.fingerprint)
+    assert len(prints) == 4
+
+
+def test_repainted_shards_have_another_version(tmp_path, monkeypatch):
+    """The sizes of .tar files are rounded up, so they hardly tell."""
+    monkeypatch.setattr(hub_data, "MAP_STYLE_BYTES", 0)
+    folder, prints = make_shards(tmp_path / "mine"), set()
+    for shade in (3, 4):
+        make_shards(folder, files=lambda i, shade=shade: {"png": png_bytes(shade), "txt": b"a caption"})
+        prints.add(data.build_dataset(str(folder)).fingerprint)
+    assert len(prints) == 2
 
 
 # --------------------------------------------------------------------------------------------------- columns
@@ -360,6 +429,20 @@ def test_without_the_library_its_command_is_named(tmp_path, monkeypatch):
     assert data.dataset_name("glyphs") == "glyphs"
 
 
+def test_without_a_home_the_libraries_write_where_it_is_said(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(hub_data.Path, "home", no_home)
+    monkeypatch.setattr(failures, "interrupt_on_sigterm", lambda: None)
+    failures.start_program()
+    assert os.environ["HF_HOME"] == str(hub_data.cache_folder())
+    assert "~" not in os.environ["HF_HOME"]
+
+
 def test_the_default_data_set_is_announced_with_size_and_licence(monkeypatch):
     monkeypatch.setenv("HF_HOME", "/somewhere")
     message = data.default_dataset_message()
@@ -380,8 +463,18 @@ def test_names_of_files_mean_the_same_in_any_folder(tmp_path, monkeypatch):
         monkeypatch.chdir("/")
         assert len(data.build_dataset(absolute).captions) == 20
         monkeypatch.chdir(tmp_path)
-    assert hub_data.absolute_name("glyphs") == "glyphs"
     assert hub_data.absolute_name("owner/name@train") == "owner/name@train"
+
+
+@pytest.mark.parametrize("name", ["glyphs", "glyphs:serif,sans", "fashion"])
+def test_the_name_of_a_built_in_data_set_comes_before_a_folder_of_that_name(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "0.txt").write_text("a picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    monkeypatch.chdir(tmp_path)
+    assert hub_data.absolute_name(name) == name
+    assert data.dataset_name(name) == data.build_dataset(name).name == name.partition(":")[0]
+    assert hub_data.absolute_name(f"./{name}") == str(tmp_path / name)
 
 
 @pytest.fixture(scope="module")

@@ -275,10 +275,27 @@ def test_a_tiff_with_a_broken_exif_directory_is_read(tmp_path, offset, tag):
     assert is_black_above_white(image_decoding.load_image(path, 64)[0])
 
 
-def test_an_orientation_in_xmp_counts_if_exif_has_none(tmp_path):
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind, code", [(1, "B"), (3, "H"), (4, "I"), (6, "b"), (8, "h"), (9, "i")])
+def test_an_orientation_may_have_any_type_of_integer(order, kind, code):
+    value = struct.pack(order + code, 6).ljust(4, b"\0")
+    header = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, 8)
+    exif = header + struct.pack(order + "HHHI", 1, 274, kind, 1) + value
+    assert image_decoding.parse_exif_orientation(exif) == 6
+
+
+def test_an_empty_exif_block_does_not_hide_the_next_one(tmp_path):
+    jpeg = black_above_white(6)[0]
+    assert jpeg.startswith(b"\xff\xd8")
+    (tmp_path / "a.jpg").write_bytes(jpeg[:2] + b"\xff\xe1\0\x08Exif\0\0" + jpeg[2:])
+    assert is_black_above_white(image_decoding.load_image(tmp_path / "a.jpg", 64)[0])
+
+
+@pytest.mark.parametrize("orientation", [b'="6"', b"='6'", b' = "6"', b">6<", b"> 6 <"])
+def test_an_orientation_in_xmp_counts_if_exif_has_none(tmp_path, orientation):
     image = Image.open(io.BytesIO(black_above_white(6)[0]))
     image.info.pop("exif")
-    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    xmp = b"<x:xmpmeta><rdf:Description tiff:Orientation%s/></x:xmpmeta>" % orientation
     image.save(tmp_path / "a.jpg", xmp=xmp)
     assert is_black_above_white(image_decoding.load_image(tmp_path / "a.jpg", 64)[0])
 

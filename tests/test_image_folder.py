@@ -103,8 +103,10 @@ def test_system_files_are_ignored_silently(tmp_path, capsys):
     add_image(tmp_path / "a.png")
     for name in ("._a.png", "._a.txt", ".DS_Store", "Thumbs.db", "desktop.ini", ".gitattributes",
                  "__MACOSX/._a.png", ".git/a.png", ".ipynb_checkpoints/a.png", "sub/.DS_Store",
-                 "sub/._b.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+                 "sub/._b.png", ".AppleDouble/a.png", "@eaDir/a.png/b.jpg", "sub/@eaDir/..jpg",
+                 ".Trashes/a.png", ".Spotlight-V100/a.png", ".TemporaryItems/a.png", "$RECYCLE.BIN/a.png",
+                 ".Trash-1000/files/a.png", ".thumbnails/a.png", ".svn/a.png", ".hg/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
     assert captions_of(tmp_path) == ["a caption"]
     assert capsys.readouterr().out == ""
@@ -196,6 +198,9 @@ def test_a_snapshot_of_the_hub_is_a_folder_of_links(tmp_path, sub_folder):
         (folder / path.name).symlink_to(os.path.relpath(path, folder))
     for root in {snapshot, folder}:    # the whole snapshot, or a folder inside it
         assert len(set(data.build_dataset(str(root)).sample_batch(4, seeded()).caption)) == 4
+    blobs.rename(tmp_path / "other disk")
+    blobs.symlink_to(tmp_path / "other disk")
+    assert len(data.build_dataset(str(snapshot)).captions) == 4
 
 
 # ----------------------------------------------------------------------------------------------------- tables

@@ -228,6 +228,8 @@ def test_prompts_come_from_the_command_line_and_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n  a dög \n", encoding="utf-8")
     assert resolve("--validation-prompt", "x", "--prompts", str(path))["prompts"] == ["x", "a cat", "a dög"]
+    path.write_text("a cat\n", encoding="utf-8-sig")                   # with the mark that Windows writes
+    assert resolve("--prompts", str(path))["prompts"] == ["a cat"]
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="wanted a caption a line, found none"):
         resolve("--prompts", str(path))

@@ -1,7 +1,10 @@
 """Latents of training images on disk: they are those of the VAE, and a run with them takes the same steps."""
 
+import os
+
 import pytest
 import torch
+from PIL import Image
 from test_aspect_buckets import make_images
 from tiny_families import FAMILIES, RESOLUTION, assert_refused, build_model, setup_run
 from tiny_families import make_images as make_squares
@@ -122,6 +125,12 @@ def test_the_name_of_the_cache_covers_all_that_a_latent_depends_on(pretrained, t
     other = data.build_dataset(str(make_squares(tmp_path / "other", 4)), RESOLUTION)
     names.append(latent_cache.latent_hash(model, other))
     names.append(latent_cache.latent_hash(model, data.build_dataset(str(pretrained / "images"), 48)))
+    table = tmp_path / "other" / "metadata.jsonl"
+    table.write_text(table.read_text() + '\n{"file_name": "new.bmp", "text": "a picture"}')
+    for colour in ("red", "blue"):                                     # repainted in a file of the same size
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "other" / "new.bmp")
+        other = data.build_dataset(str(tmp_path / "other"), RESOLUTION)
+        names.append(latent_cache.latent_hash(model, other))
     model.precision = "bf16"
     names.append(latent_cache.latent_hash(model, dataset))
     model.precision = None
@@ -129,6 +138,18 @@ def test_the_name_of_the_cache_covers_all_that_a_latent_depends_on(pretrained, t
         next(model.vae.parameters()).add_(1e-3)
     names.append(latent_cache.latent_hash(model, dataset))
     assert len(set(names)) == len(names)
+
+
+def test_a_file_name_need_not_be_unicode(pretrained, tmp_path, monkeypatch):
+    folder = make_squares(tmp_path / "images", 1)
+    (folder / "metadata.jsonl").unlink()
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xff.png"))
+    (folder / os.fsdecode(b"\xff.txt")).write_text("a caption")
+    entries = encoded(monkeypatch)
+    model, dataset = build_model(pretrained, "sd15"), data.build_dataset(str(folder), RESOLUTION)
+    latent_cache.cache_latents(model, dataset, needs_images=False)
+    assert entries == [(0, False)]
+    assert dataset.training_batch(0, 1, 0, seeded()).caption == ["a caption"]
 
 
 def test_each_process_encodes_its_share(pretrained, tmp_path, monkeypatch):

@@ -246,6 +246,25 @@ def test_a_folder_with_a_backbone_replaces_the_projects_own(tmp_path):
         loading.load_backbone("tiny", "glyphs", "vgg")
 
 
+def test_the_evaluation_classifier_of_other_images_is_refused(tmp_path, capsys):
+    """Of a part of the glyphs it is that of all glyphs; of another folder with as many captions it is wrong,
+    and a backbone of other images is named."""
+    assert loading.load_eval_classifier("glyphs", fingerprint="glyphs:serif")
+    classifier = loading.load_eval_classifier("fashion", fingerprint="fashion")
+    for own in ({"fingerprint": "0123"}, {"data": "fashion"}):
+        save_weights(classifier, tmp_path / "eval_classifier.safetensors", attributes=[10], **own)
+        with pytest.raises(ValueError, match="trained on other images or captions than 'pics' has now"):
+            loading.load_eval_classifier("pics", tmp_path, "4567")
+    save_weights(classifier, tmp_path / "eval_classifier.safetensors", attributes=[10], fingerprint="4567")
+    assert loading.load_eval_classifier("pics", tmp_path, "4567")
+    save_weights(TinyViT([3]), tmp_path / "backbone.safetensors", attributes=[3], fingerprint="0123")
+    loading.load_backbone("tiny", "pics", weights_dir=tmp_path, fingerprint="0123")
+    loading.load_backbone("tiny", "pics", source=tmp_path, fingerprint="4567")    # chosen with --backbone
+    assert not capsys.readouterr().out
+    loading.load_backbone("tiny", "pics", weights_dir=tmp_path, fingerprint="4567")
+    assert "backbone.safetensors was trained on other images" in capsys.readouterr().out
+
+
 def test_weights_survive_saving_in_half_precision(tmp_path, base):
     base.save_pretrained(tmp_path, [(10, {"guidance_scale": 1.0})], seed=3)
     loaded = loading.load_model("tiny", "glyphs", tmp_path)

@@ -66,6 +66,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, small, monk
     assert all(torch.equal(whole[key], stopped[key]) for key in whole)
 
 
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch, capsys):
+    def interrupted(name):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal was deferred")
+
+    monkeypatch.setattr(pretrain.data, "build_dataset", interrupted)
+    old_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, old_handler)
+    assert stop.value.code == 130 and "pretrain.py: stopped" in capsys.readouterr().err
+
+
 def test_a_finished_network_is_replaced_on_request_only(tmp_path, small, capsys):
     run(tmp_path)
     before = (tmp_path / "cnn.safetensors").stat().st_mtime_ns

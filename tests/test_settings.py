@@ -127,7 +127,7 @@ def test_a_changed_setting_changes_the_training(method, name, reference):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_setup_reads_the_initialisation_and_the_backbone(method, base):
-    default = make_trainer("--method", method, "--recipe", "tuned")
+    default = make_trainer("--method", method, "--set", "whiten_features=true")
     assert all(torch.equal(a, b) for a, b in zip(default.g_params, base.network.parameters()))
     assert not isinstance(default.disc.backbone.network, TinyCNN)
     assert not torch.equal(default.disc.backbone.feat_whiten0, torch.eye(32))

@@ -8,7 +8,7 @@ import pytest
 import data
 import train
 from conftest import ROOT
-from scripts import run_study
+from scripts import make_figures, run_study
 from utils import config
 
 ROWS = [run_study.Experiment("default", method="add", paper_value="20.6 / .319"),
@@ -59,6 +59,19 @@ def test_a_study_trains_each_row_once_and_shows_the_value_of_the_paper(tmp_path,
         shutil.rmtree(run_dir)
     run_study.main(args)                         # metrics outlive the folders of the runs
     assert (tmp_path / "add-glyphs.md").read_text() == table
+
+
+def test_a_study_says_how_many_images_were_measured_and_pages_show_no_other_number(tmp_path, small_study,
+                                                                                   monkeypatch):
+    run_study.main(["add", "--seeds", "1", "--eval-samples", "200", "--max-rows", "1", "--output-dir",
+                    str(tmp_path)])
+    header = (tmp_path / "add-glyphs.md").read_text().splitlines()[0]
+    assert "num_images" in header
+    rows = json.loads((tmp_path / "study-add-glyphs.json").read_text())
+    assert {metrics["num_images"] for _, metrics in rows} == {200}
+    monkeypatch.setattr(make_figures, "RESULTS_DIR", tmp_path)
+    with pytest.raises(ValueError, match="was measured with 200 images in a row, wanted 2000"):
+        make_figures.load_studies()
 
 
 def test_max_rows_limits_what_is_trained(tmp_path, small_study):

@@ -13,9 +13,9 @@ import evaluate
 import train
 from conftest import copy_run, make_trainer, train_run
 from discriminator import DiscriminatorInputs
-from models.loading import load_model
+from models.loading import load_model, weights_path
+from utils import checkpoint, training_state
 from utils import config as settings
-from utils import training_state
 
 
 @pytest.mark.parametrize("method,dataset,after", [("adt", "glyphs", "2 steps"), ("add", "glyphs", "4 steps"),
@@ -58,8 +58,9 @@ def test_in_each_half_only_its_own_network_requires_gradients(glyphs):
 
     trainer.disc.forward = record
     trainer.train_step()
-    # once frozen, with a graph to the generator; then twice (two updates) trained on two constant pairs
-    assert calls == [(False, True)] + 2 * [(True, False), (True, False)]
+    # once frozen, with a graph to the generator; then trained on a constant pair in two updates (the other
+    # order of the pair has the opposite logits, without another call)
+    assert calls == [(False, True)] + 2 * [(True, False)]
     assert all(torch.equal(v, backbone[name]) for name, v in trainer.disc.backbone.named_buffers())
     for name, value in trainer.model.text_encoder.state_dict().items():
         assert torch.equal(value, text_encoder[name])
@@ -297,8 +298,10 @@ BAD_ARGUMENTS = [
     ("--resolution -64", "number of pixels"),
     ("--lora-rank 8", "for Stable Diffusion"),
     ("--gradient-checkpointing", "for Stable Diffusion"),
+    ("--fsdp --processes 1", "start them with torchrun"),
     ("--pretrained nowhere", "no such file"),
     ("--resume nowhere", "wanted a run folder"),
+    ("--allow-data-change", "is for a run that goes on with --resume"),
 ]
 
 
@@ -313,7 +316,10 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(arguments, sentence, tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", ["--steps 0", "--lora-rank 8", "--set lr=x", "--resolution -1"])
+@pytest.mark.parametrize("arguments", [
+    "--steps 0", "--lora-rank 8", "--set lr=x", "--resolution -1", "--resolution 64", "--pretrained nowhere",
+    "--backbone nowhere", "--data cats", "--data glyphs:gothic", "--data fashion --random-flip",
+    "--random-flip", "--report-to wandb", "--compile --fsdp", "--data fashion --eval-samples 6000"])
 def test_a_mistake_is_reported_before_an_existing_run(arguments, adt_run, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--output-dir", str(adt_run), *arguments.split()])
@@ -334,9 +340,10 @@ def test_a_run_is_only_replaced_with_overwrite(tmp_path, adt_run, capsys):
 
 
 def test_unknown_words_in_captions_stop_a_run_before_it_starts(tmp_path, capsys):
-    images = make_image_folder(tmp_path / "glyphs")          # its captions hold a word that glyphs do not
+    images = make_image_folder(tmp_path / "mine")            # its captions hold a word that glyphs do not
     with pytest.raises(SystemExit) as stop:
-        train.main(["--data", str(images), "--output-dir", str(tmp_path / "run")])
+        train.main(["--data", str(images), "--pretrained", str(weights_path("denoiser", "glyphs").parent),
+                    "--output-dir", str(tmp_path / "run")])
     assert stop.value.code == 2
     assert "'picture'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -357,10 +364,10 @@ def test_a_resumed_run_keeps_settings_whose_defaults_changed(tmp_path, monkeypat
     run_dir = train_run(tmp_path / "run", "--method", method, "--steps", "1", "--seed", "3")
     config = json.loads((run_dir / "config.json").read_text())["config"]
     module = train.METHODS[method].module
-    new_defaults = {"lr": 7., "whiten_features": False, "backbone": "cnn"}
+    new_defaults = {"weight_decay": 7., "whiten_features": True, "backbone": "cnn"}
     monkeypatch.setattr(module.Config.__init__, "__kwdefaults__",
                         {**module.Config.__init__.__kwdefaults__, **new_defaults})
-    assert settings.build_config(train.METHODS[method], []).lr == 7.
+    assert settings.build_config(train.METHODS[method], []).weight_decay == 7.
     assert settings.build_config(train.METHODS[method], []).backbone == "cnn"
     train.main(["--resume", str(run_dir), "--steps", "2", "--eval-samples", "0"])
     run_config = json.loads((run_dir / "config.json").read_text())
@@ -409,6 +416,14 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, adt_run, monkeypatc
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.json", "log.jsonl"]
 
 
+def test_a_run_folder_named_like_its_data_set_can_be_overwritten(tmp_path, adt_run, monkeypatch):
+    run_dir = copy_run(adt_run, tmp_path / "glyphs")
+    monkeypatch.chdir(tmp_path)
+    run_config = checkpoint.load_run_config(run_dir / "config.json")
+    assert run_config["data"] == "glyphs"
+    checkpoint.check_run_dir(run_dir, run_config, overwrite=True)
+
+
 def test_a_folder_that_is_no_run_is_never_written_to(tmp_path, capsys):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("dear")
@@ -436,7 +451,15 @@ def test_run_folder_names_are_short_and_have_no_slashes():
     assert "/" not in name
     assert "\\" not in name
     assert len(name) <= 200
-    run_config["overrides"] = ["lr=5e-5"]
+    names = []
+    for seed in (0, 2 ** 63 - 1):
+        for last_override in ("lr=1", "lr=2"):
+            run_config |= {"data": "图" * 80, "overrides": ["lr=3"] * 60 + [last_override], "seed": seed}
+            names.append(default_run_dir(run_config).name)
+            assert len(names[-1].encode()) <= 200
+            assert names[-1].endswith(f"-seed{seed}")
+    assert len(set(names)) == 4
+    run_config |= {"data": "glyphs", "overrides": ["lr=5e-5"], "seed": 0}
     assert default_run_dir(run_config).name == "add-glyphs-lr=5e-5-seed0"
     run_config["recipe"] = "tuned"
     assert default_run_dir(run_config).name == "add-tuned-glyphs-lr=5e-5-seed0"

@@ -96,6 +96,22 @@ def page(tmp_path_factory):
     return folder / "study.html"
 
 
+def test_captions_end_at_line_breaks_only(tmp_path):
+    captions = ["a\u2028cat", "a\x85dog", "a\x0bbag"]
+    (tmp_path / "captions.txt").write_text("\r\n".join(captions), encoding="utf-8-sig", newline="")
+    assert user_study.read_prompts(tmp_path / "captions.txt") == captions
+
+
+def test_guidance_on_a_student_is_warned_of(page, tmp_path, capsys):
+    """Whatever stochasticity the command line chooses."""
+    args = ["base", "add", "--data", "fashion", "--prompts-file", str(page.with_name("captions.txt")),
+            "--output", str(tmp_path / "study.html"), "--steps", "1,1"]
+    user_study.main(args)
+    assert "guidance" not in capsys.readouterr().err
+    user_study.main([*args, "--guidance-scale", "3", "--stochasticity", ".9"])
+    assert "add: guidance mostly makes" in capsys.readouterr().err
+
+
 def study_of(page_text):
     """The study that a page holds."""
     _, _, rest = page_text.partition('<script id="study" type="application/json">')

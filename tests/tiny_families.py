@@ -11,6 +11,7 @@ from PIL import Image
 import train
 from models import loading
 from scripts import tiny_pipelines
+from utils import distributed
 
 FAMILIES = "sd15", "sdxl", "sd3"
 RESOLUTION = tiny_pipelines.RESOLUTION
@@ -82,6 +83,40 @@ def setup_run(pretrained, name, method, *args):
     args = train_args(pretrained, name, "--method", method, "--steps", "4", "--set", "warmup_steps_d=0",
                       *short, *args)
     return train.setup(train.parse_args(args)[1])[2]
+
+
+def has_grad(params):
+    """Whether one of them, or of this process's shares of them, has a gradient other than zero."""
+    return any(param.grad is not None and distributed.to_local(param.grad).any() for param in params)
+
+
+def checked_train_step(trainer, train_step=train.Trainer.train_step):
+    """train_step of a run with a discriminator. After each half only what it trains has gradients."""
+    modules = [trainer.model, trainer.disc] + ([trainer.teacher] if trainer.teacher else [])
+    trained = {id(param) for param in trainer.g_params + trainer.d_params}
+    frozen = [param for module in modules for param in module.parameters() if id(param) not in trained]
+    updates_g = trainer.step >= trainer.warmup_steps_d
+    trainer.opt_d.zero_grad()                                          # those of the step before
+    zero_grad_d, checked = trainer.opt_d.zero_grad, []
+
+    def check_then_zero_grad():
+        """Called between the halves, before the discriminator's gradients are cleared."""
+        if not checked:
+            assert has_grad(trainer.g_params) == updates_g
+            assert not has_grad(trainer.d_params)
+            assert not has_grad(frozen)
+            trainer.opt_g.zero_grad()
+            checked.append(True)
+        zero_grad_d()
+
+    trainer.opt_d.zero_grad = check_then_zero_grad
+    logs = train_step(trainer)
+    trainer.opt_d.zero_grad = zero_grad_d
+    assert checked
+    assert has_grad(trainer.d_params)
+    assert not has_grad(trainer.g_params)
+    assert not has_grad(frozen)
+    return logs
 
 
 def write_run_config(run_dir, name, pretrained_path, lora_rank=0, resolution=RESOLUTION):

@@ -46,6 +46,8 @@ def check_sampling_arguments(args, output_suffix):
         raise ValueError(f"--stochasticity {args.stochasticity}: wanted a number from 0 to 1")
     if not 0 <= (args.guidance_scale or 0) < float("inf"):
         raise ValueError(f"--guidance-scale {args.guidance_scale}: wanted a number, 0 or more")
+    if args.resolution is not None and args.resolution < 1:
+        raise ValueError(f"--resolution {args.resolution}: wanted a number of pixels")
     if not 0 <= args.seed < 2 ** 63 - 1:
         raise ValueError(f"--seed {args.seed}: wanted 0 to 2^63 - 2")
     if args.pretrained and args.model == "tiny":

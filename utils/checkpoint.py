@@ -6,12 +6,14 @@ follow from the step's number (train.Trainer.derive_seed). Whatever is read back
 Read next: train.py
 """
 
+import hashlib
 import json
 import math
 import os
 import pickle
 import shutil
 import signal
+import stat
 import tempfile
 import time
 import warnings
@@ -22,6 +24,7 @@ from pathlib import Path
 import torch
 
 from utils import distributed
+from utils.messages import is_out_of_memory
 
 # config.json: the fields that say what to run, and their types
 RUN_CONFIG_TYPES = {"method": str, "recipe": str, "model": str, "data": str, "pretrained": str | None,
@@ -56,13 +59,13 @@ CORRUPT_FILE_ERRORS = (RuntimeError, LookupError, TypeError, AttributeError, Val
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path for a file or a folder; on success it replaces `path`. Readers see the old
-    version or the new one, never a part. New files get the permissions that the umask grants."""
+    version or the new one, never a part. New files get at least the permissions that the umask grants."""
     path = Path(path)
     tmp_path = path.with_name(path.name + ".part")
     try:
         yield tmp_path
         for part in [tmp_path, *tmp_path.rglob("*")]:
-            part.chmod((0o777 if part.is_dir() else 0o666) & ~current_umask())  # safetensors writes 0600
+            add_permissions(part)
             fsync_path(part)
         if path.is_dir():
             old_path = path.with_name(path.name + ".old.part")
@@ -74,6 +77,25 @@ def atomic_write(path):
         fsync_path(path.parent)
     finally:
         remove_path(tmp_path)
+
+
+def add_permissions(path):
+    """Grant what the umask allows: safetensors writes files with 0600. File systems that keep no permissions
+    (FAT, NTFS, CIFS) refuse the change."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    wanted = mode | (0o777 if path.is_dir() else 0o666) & ~current_umask()
+    if mode != wanted:
+        with suppress(OSError):
+            path.chmod(wanted)
+
+
+def short_file_name(name, max_bytes=200):
+    """The name of a file; where file systems could not hold it, its beginning and a hash of the whole."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= max_bytes:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return f"{encoded[:max_bytes - 9].decode(errors='ignore')}-{digest}"
 
 
 def current_umask():
@@ -183,9 +205,20 @@ def load_run_config(path):
             raise TypeError
         settings = {key: value for key, (value, _) in run_config.get("config", {}).items()}
         fields = {key: run_config[key] for key in RUN_CONFIG_TYPES}
-        return fields | {"sampling_configs": run_config.get("sampling_configs"), "config": settings}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is not the config.json of a run of train.py") from None
+    check_hub_names(path, fields)
+    return fields | {"sampling_configs": run_config.get("sampling_configs"), "config": settings}
+
+
+def check_hub_names(path, run_config):
+    """ValueError if a name that stood for a repository of the hub is here that of a folder, which would be
+    taken instead. Folders and files have absolute names in config.json."""
+    for key in ("pretrained", "backbone", "vae", "data"):
+        name = (run_config[key] or "").partition("#")[0]
+        if "/" in name and not os.path.isabs(name) and os.path.exists(name):
+            raise ValueError(f"{path} says {key} {name}, which was on the hub when the run began; the folder "
+                             f"{name} here would be taken instead: rename it, or go to another folder")
 
 
 def check_run_dir(run_dir, run_config, overwrite):
@@ -206,8 +239,9 @@ def check_run_dir(run_dir, run_config, overwrite):
     if not overwrite:
         raise ValueError(f"{run_dir} already holds a run: --resume {run_dir} continues it, "
                          "--overwrite replaces it, --output-dir names another folder")
-    for key in ("pretrained", "backbone", "data"):
-        if run_config[key] and Path(run_config[key]).resolve().is_relative_to(run_dir.resolve()):
+    for key in ("pretrained", "backbone", "data"):                    # a path is absolute, a name is not
+        path = Path(run_config[key] or "")
+        if path.is_absolute() and path.resolve().is_relative_to(run_dir.resolve()):
             raise ValueError(f"--{key} {run_config[key]} lies in the run that --overwrite would replace")
 
 
@@ -303,12 +337,15 @@ class JsonlLog:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 def save_on_all_ranks(what, write_fn):
-    """Run write_fn in every process; if it fails in one, OSError in all of them."""
+    """Run write_fn in every process; if it fails in one, OSError in all of them. A process without memory
+    keeps its own exception, which ends the others."""
     from safetensors import SafetensorError
     error = None
     try:
         write_fn()
     except (OSError, RuntimeError, SafetensorError) as caught:  # each writer raises its own kind
+        if is_out_of_memory(caught):
+            raise
         error = caught
     if distributed.any_rank(error is not None):
         reason = str(error or "process 0 failed")[:200]
@@ -343,7 +380,7 @@ def load_checkpoint(run_dir, restore):
 def validate_checkpoint(state, run_id, g_params, d_params, has_8bit_moments=False):
     """RuntimeError unless the state belongs to this run: same id, same shapes, finite numbers. Fused AdamW
     does not check the shapes of its moments itself; bitsandbytes does (has_8bit_moments: the generator's)."""
-    if state["run_id"] != run_id:
+    if [state["run_id"][0], state["run_id"][-1]] != run_id:           # once with a name of the data between
         raise RuntimeError(f"it is of {' '.join(map(str, state['run_id']))}"[:70])
     if not all(type(state[name]) is int and state[name] >= 0 for name in ("step", "num_skipped",
                                                                           "warmup_steps_d")):

@@ -30,7 +30,8 @@ def make_parser(description, methods, models):
     parser.add_argument("--data", help="glyphs (default), glyphs:FAMILY,FAMILY (letters in these fonts: sans,"
                         " serif, roman, typewriter), fashion, a folder of captioned images, a data set's hub "
                         "id (OWNER/NAME or OWNER/NAME@SPLIT), or WebDataset shards "
-                        "('shards/{000..012}.tar') (default of Stable Diffusion: a small set from the hub)")
+                        "('shards/{000..012}.tar') (default of Stable Diffusion: a small set from the hub); "
+                        "with --resume: the place to which the run's own data was moved")
     parser.add_argument("--random-flip", action="store_true", default=None, help="mirror half of the "
                         "training images (not where captions say left or right, or for text)")
     parser.add_argument("--random-crop", action="store_true", default=None,
@@ -146,9 +147,9 @@ def default_run_dir(run_config):
     if run_config["model"] != "tiny":
         parts.append(run_config["model"])
         parts += [] if run_config["lora_rank"] else ["full"]
-    parts += [Path(run_config["data"]).resolve().name, *run_config["overrides"], f"seed{run_config['seed']}"]
-    name = "-".join(re.sub(r"[^\w.=+-]+", "_", part)[:60] for part in parts)
-    return Path("runs") / name[:200]
+    parts += [Path(run_config["data"]).resolve().name, *run_config["overrides"]]
+    name = "-".join(re.sub(r"[^\w.=+-]+", "_", part) for part in parts)
+    return Path("runs") / f"{checkpoint.short_file_name(name, 170)}-seed{run_config['seed']}"
 
 
 def resolve_run_config(args, methods, models, default_data):
@@ -205,6 +206,8 @@ def check_options(args, methods, models):
                          "leave out one of them")
     if args.full and args.lora_rank:
         raise ValueError("--full trains all weights, --lora-rank adapters: leave out one of them")
+    if args.allow_data_change:
+        raise ValueError("--allow-data-change is for a run that goes on with --resume: leave it out")
     if args.resolution is not None and args.resolution < 1:
         raise ValueError(f"--resolution {args.resolution}: wanted a number of pixels")
     if args.lora_rank is not None and args.lora_rank < 1:
@@ -271,7 +274,7 @@ def read_prompts(args):
     prompts = list(args.prompts or [])
     if args.prompts_file:
         try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").split("\n")
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts_file}: wanted a text file in UTF-8 ({error})"
                              ) from None
@@ -283,18 +286,27 @@ def read_prompts(args):
     return prompts
 
 
+def may_be_moved(args, run_config):
+    """Whether --data of a resumed run may name a new place of its data: TrainingState.resume compares them.
+    The built-in data sets have no place, and bring their own networks."""
+    return not (hub_data.is_built_in(run_config["data"]) or hub_data.is_built_in(args.data or ""))
+
+
 def resumed_run_config(args):
     run_dir = Path(args.resume)
     if not (run_dir / "checkpoint.pt").is_file():
         raise FileNotFoundError(f"--resume {run_dir}: wanted a run folder with checkpoint.pt, found none")
     run_config = checkpoint.load_run_config(run_dir / "config.json")
+    free = [*CHANGEABLE, "world_size", "batch_parts", *(["data"] if may_be_moved(args, run_config) else [])]
     for key in ["output_dir", "overwrite", "full", "prompts_file", *checkpoint.RUN_CONFIG_TYPES]:
-        if key in (*CHANGEABLE, "world_size", "batch_parts"):
+        if key in free:
             continue
         if getattr(args, key) not in (None, [], run_config.get(key)):
             options = {"overrides": "set", "prompts": "validation-prompt", "prompts_file": "prompts"}
             option = options.get(key, key).replace("_", "-")
             raise ValueError(f"--resume keeps a run's own settings: leave out --{option}")
+    if args.data:
+        run_config["data"] = hub_data.absolute_name(args.data)
     if run_config["world_size"] != distributed.get_torchrun_size():
         raise ValueError(f"{run_dir} is a run of {run_config['world_size']} process(es), not "
                          f"{distributed.get_torchrun_size()}: "

@@ -219,10 +219,14 @@ def settings_help(method, model_name="tiny", is_lora=False, recipe="paper"):
     lines = ["Settings, their values, where these come from, and what they mean. Change one with --set "
              "NAME=VALUE.", "paper: the paper states it; secondary: public code, summaries or related work; "
              "ours: neither.", "", help_row("name", "value", "source", "meaning")]
+    listed = set()                              # a setting is listed where its default is declared last
     for cls in type(config).__mro__[:-1]:
         lines.append(f"\n{cls.__module__}.{cls.__name__}: {cls.__doc__.splitlines()[0]}")
         hints = typing.get_type_hints(cls)
         for name in cls.__annotations__:
+            if name in listed:
+                continue
+            listed.add(name)
             choices = typing.get_args(hints[name])
             source, meaning = notes[name][1].split(": ", 1)
             if choices:

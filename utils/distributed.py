@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 LAUNCHED = "LAUNCHED_BY_TRAIN"         # set in the environment of processes that utils/launch.py has started
 START_TIMEOUT_S = 300                  # for all processes to start
+CONNECT_TIMEOUT = timedelta(seconds=10)  # of one attempt to reach process 0; others follow
 COLLECTIVE_TIMEOUT = timedelta(hours=2)  # process 0 may write large files while the others wait
 WATCH_INTERVAL_S, GRACE_S = 2, 10      # of watch_for_failures
 BUCKET_BYTES = 2 ** 25                 # small tensors are summed together, 32 MB in one all-reduce
@@ -29,8 +31,8 @@ FSDP_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "JointTransformerBlock"
 
 def init_distributed(check_start=lambda: None):
     """Join the process group of torchrun or of utils/launch.py; without one this does nothing. ValueError if
-    the environment is incomplete, or if the other processes do not start in time; Ctrl-C and SIGTERM work
-    meanwhile. check_start(): called again and again until all have started."""
+    the environment is incomplete or impossible, or if the other processes do not start in time; Ctrl-C and
+    SIGTERM work meanwhile. check_start(): called again and again until all have started."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     has_cuda = torch.cuda.is_available()
@@ -39,13 +41,27 @@ def init_distributed(check_start=lambda: None):
     if missing:
         raise ValueError(f"WORLD_SIZE is set but {' and '.join(missing)} not: start several processes with "
                          "torchrun, or unset WORLD_SIZE for one")
+    world_size = read_integer("WORLD_SIZE", 1)
+    rank = read_integer("RANK", 0, world_size - 1)
+    read_integer("MASTER_PORT", 1, 65535)
     if has_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.cuda.set_device(read_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1,
+                                           "start one process for each GPU of this machine"))
     store = wait_for_processes(rank, world_size, check_start)
     dist.init_process_group("nccl" if has_cuda else "gloo", store=store, rank=rank, world_size=world_size,
                             timeout=COLLECTIVE_TIMEOUT)
     watch_for_failures()
+
+
+def read_integer(name, low, high=None, advice="start the processes with torchrun, which sets it"):
+    """An environment variable as an integer from low to high; ValueError if it is none."""
+    text = os.environ[name]
+    with suppress(ValueError):
+        value = int(text)
+        if low <= value and (high is None or value <= high):
+            return value
+    wanted = f"{low} or more" if high is None else f"{low} to {high}"
+    raise ValueError(f"{name}={text}: wanted a whole number, {wanted}: {advice}")
 
 
 def default_store():
@@ -96,20 +112,62 @@ def wait_for_processes(rank, world_size, check_start):
     uses_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun hosts the store
     is_host = rank == 0 and not uses_agent_store
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    deadline, store, num_ready = time.monotonic() + START_TIMEOUT_S, None, 0
+    if is_host:
+        check_port(port)
+    deadline, attempt, store, num_ready = time.monotonic() + START_TIMEOUT_S, None, None, 0
     while num_ready < world_size:
         check_start()
         if time.monotonic() > deadline:
             raise ValueError(f"only {num_ready} of {world_size} processes started in {START_TIMEOUT_S} s: "
-                             f"start all of them with MASTER_ADDR={host} and MASTER_PORT={port}")
-        if store is None and (is_host or is_listening(host, port)):
-            store = dist.TCPStore(host, port, world_size, is_host, wait_for_workers=False)
-            store = dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            store.add("num_ready", 1)
+                             f"start all of them with MASTER_ADDR={host} and MASTER_PORT={port}, a port that "
+                             "no other program uses")
         if store is not None:
             num_ready = store.add("num_ready", 0)
+        elif attempt is None and (is_host or is_listening(host, port)):
+            attempt = open_store(host, port, world_size, is_host)
+        elif attempt is not None and attempt.done():
+            if attempt.exception() is None:
+                store = join_store(attempt.result(), rank, uses_agent_store)
+            attempt = None                                             # a failed one is repeated
         time.sleep(.05)
     store.set_timeout(COLLECTIVE_TIMEOUT)
+    return store
+
+
+def check_port(port):
+    """ValueError if process 0 cannot listen there."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise ValueError(f"RANK=0 cannot open MASTER_PORT={port} ({reason}): choose another port for all "
+                         "processes, and give only one of them RANK=0") from None
+
+
+def open_store(host, port, world_size, is_host):
+    """A Future of the store. A thread waits for it: what listens there may be a program that never answers,
+    and torch would wait for that without end."""
+    attempt = Future()
+
+    def connect():
+        try:
+            attempt.set_result(dist.TCPStore(host, port, world_size, is_host, wait_for_workers=False,
+                                             timeout=CONNECT_TIMEOUT))
+        except RuntimeError as error:
+            attempt.set_exception(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    return attempt
+
+
+def join_store(store, rank, uses_agent_store):
+    """The part of the store for this start, in which this process counts as ready. ValueError if another one
+    has its rank. torchrun numbers its processes itself, and may start them again in the same store."""
+    store = dist.PrefixStore(f"run{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if not uses_agent_store and store.add(f"rank{rank}", 1) > 1:
+        raise ValueError(f"RANK={rank}: another process has it, too: give every process its own, and start "
+                         "all of them again")
+    store.add("num_ready", 1)
     return store
 
 

@@ -13,10 +13,8 @@ import sys
 import traceback
 from contextlib import contextmanager, suppress
 
-import torch
-
-from utils import cli, distributed
-from utils.messages import BadInput, printable
+from utils import checkpoint, cli, distributed
+from utils.messages import BadInput, is_out_of_memory, printable
 
 
 class RunFailed(Exception):
@@ -28,34 +26,48 @@ class RunFailed(Exception):
 
 
 def interrupt_on_sigterm():
-    """SIGTERM raises KeyboardInterrupt, like Ctrl-C, and is remembered in it."""
+    """SIGTERM raises KeyboardInterrupt, like Ctrl-C, and is remembered in it. While a program imports its
+    libraries, Ctrl-C exits at once."""
     def handler(number, _):
         raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, handler)
 
 
-def is_out_of_memory(error):
-    """CUDA has an exception of its own; on the CPU torch raises RuntimeError."""
-    text = str(error)
-    return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or isinstance(error, RuntimeError)
-            and ("can't allocate memory" in text or "out of memory" in text))
+def print_any_text():
+    """stdout writes \\x.. for what its encoding lacks, as stderr does: any path can be printed."""
+    if hasattr(sys.stdout, "reconfigure"):                             # a StringIO takes any text
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
-OUT_OF_MEMORY = ("out of memory; use a smaller batch_size with more gradient_accumulation_steps, and for "
-                 "Stable Diffusion --gradient-checkpointing, --lora-rank or a smaller --resolution")
+def start_program():
+    """What a program does after its imports and before it reads its command line, whose help is text, too."""
+    interrupt_on_sigterm()
+    print_any_text()
+    # the hub's own default, except where there is no home: there its libraries would write to ./~
+    os.environ.setdefault("HF_HOME", str(checkpoint.cache_dir() / "huggingface"))
+
+
+def signal_number(error):
+    """The signal that a KeyboardInterrupt stands for."""
+    return error.args[0] if error.args else signal.SIGINT
+
+
+END_OTHER_PROGRAMS = "end other programs that use it"
+SMALLER_TRAINING = ("a new run needs less with a smaller batch_size and more gradient_accumulation_steps, "
+                    "and for Stable Diffusion with --gradient-checkpointing, --lora-rank or a smaller "
+                    "--resolution")
 
 
 @contextmanager
-def clear_exit(parser, program):
-    """Turn expected errors into one sentence on stderr and an exit code."""
+def clear_exit(parser, program, when_out_of_memory=END_OTHER_PROGRAMS):
+    """Turn expected errors into one sentence on stderr and an exit code. when_out_of_memory: what to do."""
     def leave(code, message, everywhere=False):
         is_shown = everywhere or distributed.get_rank() == 0
         newline = "" if code == 2 else "\n"                           # a progress bar may end in mid-line
         parser.exit(code, f"{newline}{program}: {printable(message)}\n" if is_shown else "")
 
-    if hasattr(sys.stdout, "reconfigure"):                             # a StringIO takes any text
-        sys.stdout.reconfigure(errors="backslashreplace")              # like stderr: any path can be printed
+    print_any_text()
     with tell_other_processes():
         if os.environ.get("DEBUG") == "1":
             yield
@@ -65,13 +77,13 @@ def clear_exit(parser, program):
         except RunFailed as error:
             leave(error.code, error, error.everywhere)
         except KeyboardInterrupt as error:
-            leave(128 + (error.args[0] if error.args else signal.SIGINT), "stopped")
+            leave(128 + signal_number(error), "stopped")
         except (ValueError, OSError) as error:
             leave(2, error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            leave(1, OUT_OF_MEMORY, everywhere=True)
+            leave(1, f"out of memory; {when_out_of_memory}", everywhere=True)
 
 
 @contextmanager
@@ -98,9 +110,9 @@ def explain_failures(trainer, run_dir, world_size, save):
     try:
         yield
     except ArithmeticError as error:
-        restart = f" (--pretrained {run_dir})" if trainer.last_saved_step and trainer.is_small else ""
         raise RunFailed(f"{error}; {checkpoint_hint(trainer, resume)}; --on-nan skip leaves such steps out; "
-                        f"a smaller lr, lr_d or lambda_adv{restart} may help", 1) from None
+                        f"a smaller lr, lr_d or lambda_adv{restart_option(trainer, run_dir)} may help", 1
+                        ) from None
     except (BadInput, OSError) as error:                               # data or disk, perhaps of one process
         if distributed.get_world_size() == 1:
             with suppress(OSError, ArithmeticError):
@@ -110,11 +122,17 @@ def explain_failures(trainer, run_dir, world_size, save):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFailed(f"step {trainer.step}: {OUT_OF_MEMORY}; {checkpoint_hint(trainer, resume)}", 1,
+        raise RunFailed(f"step {trainer.step}: out of memory; {SMALLER_TRAINING}"
+                        f"{restart_option(trainer, run_dir)}; {checkpoint_hint(trainer, resume)}", 1,
                         everywhere=True) from None
     except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        raise stopped(trainer, resume, number) from None
+        raise stopped(trainer, resume, signal_number(error)) from None
+
+
+def restart_option(trainer, run_dir):
+    """With what a new run starts from the weights of this one, if it has saved any: --resume keeps all
+    settings."""
+    return f" (--pretrained {run_dir})" if trainer.last_saved_step and trainer.is_small else ""
 
 
 def checkpoint_hint(trainer, resume):

@@ -17,13 +17,24 @@ import json
 import logging
 import os
 import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, product
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import distributed
+from utils import distributed, image_folder
 from utils.checkpoint import cache_dir
-from utils.image_folder import METADATA_TABLES, image_suffixes, is_system_file, name_some
+from utils.image_folder import (
+    METADATA_TABLES,
+    image_suffixes,
+    is_system_file,
+    is_system_folder,
+    left_out_names,
+    name_some,
+    print_left_out,
+    scan_folder,
+)
 from utils.messages import BadInput, printable
 
 # The data set of diffusers' text-to-image examples. Sizes: its dataset_infos.json. It states no licence.
@@ -34,7 +45,9 @@ SHUFFLE_BUFFER = 1000                  # images of a stream that are in memory, 
 CONNECT_TIMEOUT_S = 5
 IMAGE_COLUMNS = "image", "jpg", "jpeg", "png", "webp"
 CAPTION_COLUMNS = "text", "caption", "prompt", "txt"
+TEXT_SUFFIXES = "txt", "text", "json"  # of files in a .tar that must be UTF-8
 TABLE_SUFFIXES = ".parquet", ".arrow"
+SAVED_NAMES = "dataset_dict.json", "dataset_info.json", "state.json"    # beside tables, by save_to_disk
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?(?:@([\w.-]+))?")
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -72,7 +85,7 @@ def kind_of_folder(folder):
     """shards or folder if it holds .tar files, or tables with their images, but no image file; else None."""
     suffixes, found = image_suffixes(), set()
     for _, dir_names, file_names in os.walk(folder):
-        dir_names[:] = [name for name in dir_names if not is_system_file(name)]
+        dir_names[:] = [name for name in dir_names if not is_system_folder(name)]
         for name in file_names:
             suffix = Path(name).suffix.lower()
             if suffix in suffixes and not is_system_file(name):
@@ -84,8 +97,22 @@ def kind_of_folder(folder):
     return "folder" if found & set(TABLE_SUFFIXES) else None
 
 
+def is_built_in(name):
+    """Whether a name is that of a data set of this project, which comes before a folder of that name."""
+    return name in ("glyphs", "fashion") or name.startswith("glyphs:")
+
+
+def folder_name(path):
+    """The short name of the data in a folder, file or hub data set; never that of a built-in data set, which
+    has networks in weights/ and numbers in results/."""
+    name = Path(path).resolve().name or "folder"       # the root of a file system has no name
+    return f"folder-{name}" if is_built_in(name) else name
+
+
 def absolute_name(name):
     """The name of a data set that means the same in any folder."""
+    if is_built_in(name):
+        return name
     source = parse_source(name)
     is_path = Path(name).exists() or (source is not None and source.kind != "hub")
     return str(Path(name).resolve()) if is_path else name
@@ -105,7 +132,11 @@ def list_shards(source):
     """-> sorted paths of the .tar files that a pattern means. BadInput if there is none, or if one of those
     that braces name is missing."""
     if Path(source.location).is_dir():
-        return sorted(os.path.abspath(path) for path in Path(source.location).rglob("*.tar"))
+        files, _ = scan_folder(source.location)
+        shards = sorted(os.path.abspath(path) for path in files if path.suffix.lower() == ".tar")
+        if not shards:
+            raise BadInput(f"--data {printable(source.name)}: there is no .tar file in this folder")
+        return shards
     paths = []
     for pattern in expand_braces(source.location):
         found = sorted(glob.glob(pattern, recursive=True))
@@ -113,6 +144,37 @@ def list_shards(source):
             raise BadInput(f"--data {printable(source.name)}: there is no file {printable(pattern)}")
         paths += [os.path.abspath(path) for path in found]
     return paths
+
+
+def check_shard(path):
+    """BadInput if a .tar has no samples, a text that is not UTF-8, or samples of different files. OSError if
+    it cannot be read."""
+    suffixes = {}                      # name of a sample -> the suffixes of its files
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                sample, _, suffix = name.lower().partition(".")
+                if not member.isfile() or not sample or not suffix:
+                    continue
+                suffixes.setdefault((folder, sample), set()).add(suffix)
+                if suffix.split(".")[-1] in TEXT_SUFFIXES:
+                    check_utf8(tar.extractfile(member).read(), f"{member.name} in {path}")
+    except tarfile.TarError as error:
+        raise OSError(f"{path}: {error}") from None
+    kinds = sorted({" and ".join(sorted(found)) for found in suffixes.values()})
+    if not kinds:
+        raise BadInput(f"{printable(path)} has no samples: wanted files like 0001.jpg and 0001.txt")
+    if len(kinds) > 1:
+        raise BadInput(f"the samples of {printable(path)} differ: some are {printable(kinds[0])}, others "
+                       f"{printable(kinds[1])}; wanted the same files for each, like 0001.jpg and 0001.txt")
+
+
+def check_utf8(content, name):
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        raise BadInput(f"{printable(name)} is not UTF-8: save it as UTF-8") from None
 
 
 # ------------------------------------------------------------------------------------------ the library
@@ -171,21 +233,35 @@ def load_hub(datasets, source):
 
 
 def load_local(datasets, source):
-    """A folder of tables, or shards -> a table or a stream, and a hash of its files' names and sizes."""
-    if source.kind == "shards":
-        paths = list_shards(source)
-    else:
-        paths = sorted(str(path) for path in Path(source.location).rglob("*") if path.is_file())
+    """A folder of tables, or shards -> a table or a stream, and a hash of its files' names and contents."""
+    is_folder = Path(source.location).is_dir()
+    files, links = scan_folder(source.location) if is_folder else ([], [])
+    paths = list_shards(source) if source.kind == "shards" else sorted(map(str, files))
+    suffixes = TABLE_SUFFIXES if source.kind == "folder" else (".tar",)
+    unused = [path for path in files if path.suffix.lower() not in suffixes and path.name not in SAVED_NAMES]
+    print_left_out(source.location, left_out_names(source.location, unused, links), f"{suffixes[0]} files")
     sizes = [os.path.getsize(path) for path in paths]
     names = [os.path.basename(path) for path in paths]
-    version = hashlib.sha256(json.dumps([names, sizes]).encode()).hexdigest()[:16]
+    hashes = image_folder.file_hashes([Path(path) for path in paths])
+    version = hashlib.sha256(json.dumps([names, hashes]).encode()).hexdigest()[:16]
     is_stream = sum(sizes) > MAP_STYLE_BYTES
     if source.kind == "shards":
-        data_files = {"train": [glob.escape(path) for path in paths]}
-        return datasets.load_dataset("webdataset", data_files=data_files, streaming=is_stream), version
+        return load_shards(datasets, paths, is_stream), version
     if {"dataset_dict.json", "state.json"} & set(names):    # written by save_to_disk
         return datasets.load_from_disk(source.location), version
     return datasets.load_dataset(source.location, streaming=is_stream), version
+
+
+def load_shards(datasets, paths, is_stream):
+    """The .tar files `paths` -> a table or a stream. BadInput that names the shard if one is malformed: the
+    library's own messages do not."""
+    data_files = {"train": [glob.escape(path) for path in paths]}
+    try:
+        return datasets.load_dataset("webdataset", data_files=data_files, streaming=is_stream)
+    except Exception:                  # of the library, tarfile or the disk
+        for path in paths:
+            check_shard(path)
+        raise
 
 
 def choose_split(found, source):
@@ -278,11 +354,19 @@ def read_bytes(value):
     return Path(value["path"])
 
 
+def image_hash(cell):
+    """SHA-256 of an image in an arrow column; of one outside the table that of its file, or its address."""
+    if cell.is_valid and cell["bytes"].is_valid:
+        return hashlib.sha256(cell["bytes"].as_buffer()).hexdigest()
+    path = cell["path"].as_py() if cell.is_valid else None
+    return image_folder.file_hash(Path(path)) or path if path else ""
+
+
 class TableImages:
     """The rows of a table, as captioned_images.CaptionedImages wants them."""
 
     def __init__(self, table, image_column, caption_column, name, version):
-        from pyarrow.compute import binary_length, struct_field
+        from pyarrow.compute import struct_field
         if not len(table):
             raise BadInput(f"--data {printable(name)} has no images")
         self.name = name
@@ -292,8 +376,9 @@ class TableImages:
         for field in caption_column[1:]:
             captions = struct_field(captions, field)
         self.captions = [(text or "").strip() for text in captions.to_pylist()]
-        sizes = binary_length(struct_field(columns[image_column], "bytes")).to_pylist()
-        content = json.dumps([self.captions, sizes])
+        with ThreadPoolExecutor() as pool:
+            hashes = list(pool.map(image_hash, columns[image_column]))
+        content = json.dumps([self.captions, hashes])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def open(self, row):

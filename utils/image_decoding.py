@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.messages import BadInput, print_message, printable
+from utils.messages import BadInput, is_out_of_memory, print_message, printable
 
 IMAGE_FORMATS = "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"    # no PostScript: it is a program
 MAX_PIXELS = 10 ** 8
@@ -42,6 +42,8 @@ class ImageReader:
         try:
             return load_image(open_fn(), self.resolution, crop, flip, shape)
         except Exception as error:     # image decoders raise exceptions of any type for a damaged file
+            if is_out_of_memory(error):
+                raise
             self.unreadable.add(name)
             short_name = printable(name)[-200:]
             reason = printable(str(error).split(": '")[0] or type(error).__name__)[:100]
@@ -182,11 +184,14 @@ ORIENTATION_TAG, WIDTH_TAG, HEIGHT_TAG = 274, 256, 257
 TRANSPOSED = 5, 6, 7, 8                                    # orientations that swap height and width
 JPEG_START = b"\xff\xd8\xff"
 JPEG_EXIF = re.compile(rb"(?s)(\xff\xe1..)Exif\0\0")       # marker and length, name of the block
+XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([0-9])""")    # attribute or element
+EXIF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}    # type -> code of struct
 
 
 def hide_jpeg_exif(source):
     """A path or bytes -> what to open instead, and the bytes from the EXIF block on (None without one).
-    Pillow parses the EXIF block when it opens a JPEG and refuses some, so the block's name is overwritten."""
+    Pillow parses the EXIF block when it opens a JPEG and refuses some, so the block's name is overwritten.
+    Of several blocks, the first one with an orientation counts."""
     data = source
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -196,8 +201,9 @@ def hide_jpeg_exif(source):
             data = file.read()
     if not data.startswith(JPEG_START):
         return BytesIO(data), None
-    match = JPEG_EXIF.search(data)
-    exif = None if match is None else data[match.end():match.end() + 2 ** 16]
+    blocks = [data[match.end():match.end() + 2 ** 16] for match in JPEG_EXIF.finditer(data)]
+    with_orientation = [block for block in blocks if parse_exif_orientation(block) is not None]
+    exif = next(iter([*with_orientation, *blocks]), None)
     return BytesIO(JPEG_EXIF.sub(rb"\1------", data)), exif
 
 
@@ -216,7 +222,7 @@ def find_orientation(info, exif=None):
         return orientation
     xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
     xmp = xmp.encode(errors="replace") if isinstance(xmp, str) else xmp
-    match = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
+    match = XMP_ORIENTATION.search(xmp) if isinstance(xmp, bytes) else None
     return int(match[1]) if match else 1
 
 
@@ -232,8 +238,7 @@ def parse_exif_orientation(exif):
             start = offset + 2 + 12 * i
             tag, kind = struct.unpack_from(f"{order}HH", exif, start)
             if tag == ORIENTATION_TAG:
-                code = {1: "B", 3: "H", 4: "I"}[kind]  # byte, short, long
-                return struct.unpack_from(f"{order}{code}", exif, start + 8)[0]
+                return struct.unpack_from(f"{order}{EXIF_INTEGERS[kind]}", exif, start + 8)[0]
     except (struct.error, KeyError):                   # no EXIF, cut off, or a value of another type
         pass
     return None

@@ -10,7 +10,10 @@ import csv
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tqdm import tqdm
 
 from utils import distributed
 from utils.image_decoding import IMAGE_FORMATS
@@ -18,8 +21,12 @@ from utils.messages import print_message, printable
 
 METADATA_TABLES = "metadata.jsonl", "metadata.csv", "metadata.parquet"
 # what operating systems, browsers of files and git put into folders, in lower case
-SYSTEM_NAMES = {".ds_store", "__macosx", "thumbs.db", "desktop.ini", ".git", ".gitattributes", ".gitignore",
-                ".cache", ".ipynb_checkpoints"}
+SYSTEM_NAMES = {".ds_store", "thumbs.db", "desktop.ini", ".gitattributes", ".gitignore"}
+SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information"}    # and all with a dot
+# a larger file is not hashed as a whole but at its start, middle and end, which any other compressed image
+# changes; of very large uncompressed images this may miss that some pixels in between were repainted
+HASH_WHOLE_BYTES = 2 ** 20
+HASH_PART_BYTES = 2 ** 18
 
 
 def name_some(names, max_n=10):
@@ -34,7 +41,7 @@ def allowed_roots(folder):
     a snapshot of the Hugging Face hub or a folder inside one, the blobs that its links lead to."""
     root = folder.resolve()
     snapshots = [path.parent for path in (root, *root.parents) if path.parent.name == "snapshots"]
-    return [root, *(path.parent / "blobs" for path in snapshots)]
+    return [root, *((path.parent / "blobs").resolve() for path in snapshots)]    # perhaps on another disk
 
 
 def check_inside(folder, paths):
@@ -52,20 +59,25 @@ def check_inside(folder, paths):
 
 
 def is_system_file(name):
-    """Whether a file or a folder is the operating system's or git's. '._a.png' holds macOS's attributes of
-    a.png."""
+    """Whether a file is the operating system's or git's. '._a.png' holds macOS's attributes of a.png."""
     return name.startswith("._") or name.lower() in SYSTEM_NAMES
+
+
+def is_system_folder(name):
+    """Whether a folder inside a data folder is the operating system's, a file server's or a tool's: a waste
+    bin, small copies of the images, git."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
 
 
 def scan_folder(folder):
     """-> sorted paths of all files in a folder and its sub-folders, sorted paths of links to folders. Such
-    links are not followed. System files are ignored. OSError if a folder cannot be listed."""
+    links are not followed. System files and folders are ignored. OSError if a folder cannot be listed."""
     def fail(error):
         raise error
 
     files, links = [], []
     for place, dir_names, file_names in os.walk(folder, onerror=fail):
-        dir_names[:] = [name for name in dir_names if not is_system_file(name)]
+        dir_names[:] = [name for name in dir_names if not is_system_folder(name)]
         links += [path for path in (Path(place, name) for name in dir_names) if path.is_symlink()]
         files += [Path(place, name) for name in file_names if not is_system_file(name)]
     return sorted(files), sorted(links)
@@ -112,9 +124,8 @@ def list_images(folder):
         captions.append(read_caption(caption_file))
         used |= {os.path.abspath(path), os.path.abspath(caption_file)}
 
-    left_out = [str(path.relative_to(folder)) for path in files if os.path.abspath(path) not in used]
-    left_out += [f"{path.relative_to(folder)}/ (a link to a folder)" for path in links]
-    check_listing(folder, paths, captions, left_out)
+    unused = [path for path in files if os.path.abspath(path) not in used]
+    check_listing(folder, paths, captions, left_out_names(folder, unused, links))
     return paths, captions
 
 
@@ -132,22 +143,56 @@ def check_listing(folder, paths, captions, left_out):
         except UnicodeEncodeError:
             raise ValueError(f"{printable(path)}: its caption holds half of a surrogate pair; save it as "
                              "UTF-8") from None
-    if left_out and distributed.get_rank() == 0:
-        print_message(f"left out: {len(left_out)} file(s) in {printable(folder)} that are not images "
-                      f"({', '.join(IMAGE_FORMATS)}), not captions of images, or not in the table{found}")
+    print_left_out(folder, left_out, f"images ({', '.join(IMAGE_FORMATS)}), not captions of images, or not "
+                   "in the table")
+
+
+def print_left_out(folder, names, wanted):
+    """One line that names the files of a folder which are not used, because they are not `wanted`."""
+    if names and distributed.get_rank() == 0:
+        print_message(f"left out: {len(names)} file(s) in {printable(folder)} that are not {wanted}: "
+                      f"{name_some(names)}")
+
+
+def left_out_names(folder, files, links):
+    """Paths below a folder, and links to folders, which are not followed -> their names for a message."""
+    names = [str(path.relative_to(folder)) for path in files]
+    return names + [f"{path.relative_to(folder)}/ (a link to a folder)" for path in links]
+
+
+def file_hash(path):
+    """SHA-256 of a file's size and content (see HASH_WHOLE_BYTES), "" if it cannot be read."""
+    try:
+        if not path.is_file():                     # a pipe would wait for a writer
+            return ""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            parts = [(0, size)]
+            if size > HASH_WHOLE_BYTES:
+                starts = 0, (size - HASH_PART_BYTES) // 2, size - HASH_PART_BYTES
+                parts = [(start, HASH_PART_BYTES) for start in starts]
+            digest = hashlib.sha256(str(size).encode())
+            for start, length in parts:
+                file.seek(start)
+                digest.update(file.read(length))
+    except OSError:
+        return ""
+    return digest.hexdigest()
+
+
+def file_hashes(paths):
+    """file_hash of each path. Threads help: reading and hashing release Python's lock."""
+    with ThreadPoolExecutor() as pool:
+        return list(tqdm(pool.map(file_hash, paths), "reading files", len(paths), delay=5, leave=False,
+                         disable=distributed.get_rank() > 0))
 
 
 def fingerprint(folder, paths, captions):
-    """16 hex digits that identify a data set: SHA-256 over the relative paths, file sizes (bytes, -1 if there
-    is no such file) and captions, sorted by path."""
-    rows = []
-    for path, text in zip(paths, captions):
-        try:
-            size = path.stat().st_size
-        except OSError:
-            size = -1
-        rows.append([Path(os.path.relpath(path, folder)).as_posix(), size, text])
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()[:16]
+    """16 hex digits that identify a data set: SHA-256 over the relative paths, the files' contents and the
+    captions, sorted by path."""
+    names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
+    rows = sorted(zip(names, file_hashes(paths), captions))
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------- captions

@@ -2,10 +2,22 @@
 
 import sys
 
+# how torch, CUDA's libraries, oneDNN and the operating system say it, in lower case
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "cannot allocate memory",
+                       "not enough memory", "_status_alloc_failed", "std::bad_alloc",
+                       "unable to allocate shared memory", "could not create a memory object")
+
 
 class BadInput(ValueError):
     """Something the user can mend: an image, a caption, a cached file. Its text is a sentence to show. Other
     exceptions during training are faults of a program and keep their traceback."""
+
+
+def is_out_of_memory(error):
+    """Whether an exception says so: Python has a kind of its own, torch and its libraries have a text."""
+    text = str(error).lower()
+    is_told = isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY_TEXTS)
+    return is_told or isinstance(error, MemoryError)
 
 
 def printable(name):

@@ -36,7 +36,7 @@ class TrainingState:
         self.last_saved_step = self.first_step = 0
         self.is_small = not model.is_large or model.lora_rank > 0      # measured and saved often
         self.warmup_steps_d = min(config.warmup_steps_d, total_steps // 4) if config.lambda_adv else 0
-        self.run_id = [method.__name__, dataset.name, seed]
+        self.run_id = [method.__name__, seed]               # what the data is says its fingerprint
 
         if config.batch_size % batch_parts:
             raise ValueError(f"a batch of {config.batch_size} images has no {batch_parts} equal parts")
@@ -304,7 +304,8 @@ class TrainingState:
         checkpoint.load_checkpoint(run_dir, restore)
         if trained_on[0] != self.dataset.fingerprint and not allow_data_change:
             raise ValueError(f"{run_dir} was trained on other images or captions than '{self.dataset.name}' "
-                             "has now: restore the data set, or add --allow-data-change")
+                             "has now, or by an older version, which compared sizes only: restore the data "
+                             "set, or add --allow-data-change")
         if self.step > self.total_steps:
             raise ValueError(f"{run_dir} is at step {self.step} already, past --steps {self.total_steps}")
 
