@@ -23,16 +23,21 @@ NETWORK_SIZES = {"sd15": 860, "sdxl": 2567, "sd3": 2028, "sd35": 2243, "sd35-lar
 
 def load_estimate(run_config):
     """The entry of estimates.json for a run, or None: {"resolution": pixels, "fixed_gib": weights, optimiser
-    and EMA, "activations_gib": of one image, "tflop": of one image}."""
+    and EMA, "activations_gib": of one image, "tflop": of one image, and of adapters "lora_rank": the rank
+    that is in fixed_gib, "gib_per_rank": what a rank more takes}."""
     tuning = "lora" if run_config["lora_rank"] else "full"
     suffix = " checkpointing" if run_config["gradient_checkpointing"] else ""
     key = f"{run_config['method']} {run_config['model']} {tuning}{suffix}"
     return json.loads(ESTIMATES.read_text()).get(key)
 
 
-def expected_gib(estimate, config, resolution, world_size=1, is_sharded=False):
-    """Memory of a training step on each device, GiB."""
-    fixed = estimate["fixed_gib"] / (world_size if is_sharded else 1)
+def expected_gib(estimate, config, resolution, run_config):
+    """Memory of a training step on each device, GiB. run_config: its lora_rank, world_size and fsdp count."""
+    fixed = estimate["fixed_gib"]
+    if run_config["lora_rank"]:
+        fixed += estimate["gib_per_rank"] * (run_config["lora_rank"] - estimate["lora_rank"])
+    if run_config["fsdp"]:
+        fixed /= run_config["world_size"]
     pixels = (resolution / estimate["resolution"]) ** 2
     return fixed + config.batch_size * estimate["activations_gib"] * pixels
 
@@ -89,7 +94,7 @@ def check_machine(run_config, config, max_resolution=None):
     estimate, resolution = estimate_before_loading(run_config, max_resolution)
     if estimate is None:
         return
-    wanted = expected_gib(estimate, config, resolution, run_config["world_size"], run_config["fsdp"])
+    wanted = expected_gib(estimate, config, resolution, run_config)
     device = torch.cuda.get_device_properties(distributed.get_device())
     found = device.total_memory / 2 ** 30
     if wanted > found:
@@ -103,7 +108,7 @@ def saves_memory(run_config, config):
     gib = []
     for checkpointing in (True, False):
         estimate = load_estimate({**run_config, "gradient_checkpointing": checkpointing})
-        gib.append(expected_gib(estimate, config, estimate["resolution"]))
+        gib.append(expected_gib(estimate, config, estimate["resolution"], run_config))
     return gib[0] < gib[1]
 
 
@@ -114,6 +119,8 @@ def savings(run_config, config):
         ways.append("leave out --no-gradient-checkpointing")
     if not run_config["lora_rank"]:
         ways.append("train LoRA adapters (without --full)")
+    elif run_config["lora_rank"] > load_estimate(run_config)["lora_rank"]:
+        ways.append("a smaller --lora-rank")
     if config.batch_size > 1:
         accumulation = config.batch_size * config.gradient_accumulation_steps
         ways.append(f"--set batch_size=1 --set gradient_accumulation_steps={accumulation}")
@@ -196,7 +203,7 @@ def expected_cost(run_config, trainer, device, dtype):
     if estimate is None:
         return f"{num_steps:,} steps; no estimate for a network of this size"
     config, resolution = trainer.config, trainer.model.resolution
-    gib = expected_gib(estimate, config, resolution, run_config["world_size"], run_config["fsdp"])
+    gib = expected_gib(estimate, config, resolution, run_config)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     num_images = config.batch_size * config.gradient_accumulation_steps
     pixels = (resolution / estimate["resolution"]) ** 2

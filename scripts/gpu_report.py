@@ -144,11 +144,11 @@ def memory_and_time(networks, method, model_name, batch_size, *options):
     args = ["--set", f"batch_size={batch_size}", "--set", "gradient_accumulation_steps=1", *options]
     trainer = networks.trainer(method, model_name, *args)
     seconds = seconds_per_call(trainer.train_step, 3 if method != "adt" else 2)
-    run_config = {"method": method, "model": model_name, "lora_rank": trainer.model.lora_rank,
+    run_config = {"method": method, "model": model_name, "lora_rank": trainer.model.lora_rank, "fsdp": False,
                   "gradient_checkpointing": "--no-gradient-checkpointing" not in options}
     estimate = load_estimate(run_config)
     return {"gib": peak_gib(), "gib by arithmetic": expected_gib(estimate, trainer.config,
-                                                                 trainer.model.resolution),
+                                                                 trainer.model.resolution, run_config),
             "seconds": seconds, "tflop by arithmetic": batch_size * estimate["tflop"],
             "pixels": trainer.model.resolution}
 

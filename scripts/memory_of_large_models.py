@@ -34,6 +34,7 @@ from utils.plotting import markdown_table
 
 PLAIN_FUNCTIONS = {name: getattr(F, name) for name in ("conv2d", "linear", "group_norm", "layer_norm")}
 FP32_BATCH_SIZE = 4                    # of ADD's presets
+TRAINED_BYTES = 22                     # a trained weight: fp32, gradient, two moments, EMA; a bf16 copy
 GPU_TFLOPS = 400                       # an H100 in bf16, at a usual utilisation
 
 
@@ -277,13 +278,12 @@ def measure_model(model_name, resolution, rank, targets, is_fp32):
 
 
 def fixed_bytes(method_name, rank, num_params, num_adapter_params, num_frozen):
-    """Weights, gradients, optimiser, EMA. A trained weight: fp32 weight, gradient, two AdamW moments and EMA
-    (20 bytes), and a bf16 copy (2), which calls in fp32 do without. A teacher of its own is in half
-    precision."""
+    """Weights, gradients, optimiser, EMA. Calls in fp32 do without the bf16 copy of a trained weight. A
+    teacher of its own is in half precision."""
     if rank:
-        return 4 * num_frozen + 2 * num_params + 22 * num_adapter_params
+        return 4 * num_frozen + 2 * num_params + TRAINED_BYTES * num_adapter_params
     teacher = 2 * num_params if method_name == "add" else 0
-    return 4 * num_frozen + 22 * num_params + teacher
+    return 4 * num_frozen + TRAINED_BYTES * num_params + teacher
 
 
 def estimate_all():
@@ -309,6 +309,10 @@ def estimate_model(model_name, tuning):
                 measured[key] = measure_model(model_name, *key)
         *sizes, costs = measured[key]
         gib = fixed_bytes(method_name, rank, *sizes) / 2 ** 30
+        adapters = {}
+        if rank:
+            gib_per_rank = TRAINED_BYTES * sizes[1] / rank / 2 ** 30
+            adapters = {"lora_rank": rank, "gib_per_rank": round(gib_per_rank, 5)}
         config = settings.build_config(method, [], model_name, tuning == "lora")
         for suffix, costs_of_parts in zip(("", " checkpointing"), costs):
             activations_gib, tflop = step_cost(method_name, config, costs_of_parts, bool(suffix), is_fp32)
@@ -316,7 +320,7 @@ def estimate_model(model_name, tuning):
             estimates[f"{method_name} {model_name} {tuning}{suffix}"] = {
                 "resolution": resolution, "batch_size": config.batch_size,
                 "fixed_gib": round(gib + activations_gib(1) - per_image, 2),
-                "activations_gib": round(per_image, 3), "tflop": round(tflop, 2)}
+                "activations_gib": round(per_image, 3), "tflop": round(tflop, 2), **adapters}
     return estimates
 
 

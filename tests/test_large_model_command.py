@@ -96,14 +96,19 @@ def test_too_little_memory_is_told_with_what_would_help(gpu):
     check_memory("--model", "sd15")
 
 
-def test_a_smaller_batch_or_resolution_needs_less(gpu):
+def test_a_smaller_batch_resolution_or_rank_needs_less(gpu):
     run_config = resolve("--model", "sd15")
     estimate = preflight.load_estimate(run_config)
-    sizes = [preflight.expected_gib(estimate, SimpleNamespace(batch_size=n), px)
-             for n, px in ((4, 512), (1, 512), (1, 256))]
-    assert sizes == sorted(sizes, reverse=True)
-    sharded = preflight.expected_gib(estimate, SimpleNamespace(batch_size=1), 512, 8, is_sharded=True)
-    assert sharded < sizes[1]
+    default_rank = estimate["lora_rank"]
+
+    def gib(batch_size, resolution, **changes):
+        return preflight.expected_gib(estimate, SimpleNamespace(batch_size=batch_size), resolution,
+                                      {**run_config, **changes})
+
+    assert run_config["lora_rank"] == default_rank
+    assert gib(4, 512) > gib(1, 512) > gib(1, 256)
+    assert gib(1, 512, fsdp=True, world_size=8) < gib(1, 512)
+    assert gib(1, 512, lora_rank=4) < gib(1, 512) < gib(1, 512, lora_rank=4 * default_rank)
 
 
 def test_every_run_has_an_estimate_and_checkpointing_saves_memory():

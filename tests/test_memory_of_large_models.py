@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train
 from conftest import Toy, family_schedule
 from models.denoiser import MAX_AMPLIFICATION
 from models.half_precision import accept_fp32_inputs
-from models.preflight import ESTIMATES
+from models.preflight import ESTIMATES, expected_gib
 from models.stable_diffusion import LatentDenoiser
 from scripts import full_size_networks
 from scripts import memory_of_large_models as memory
@@ -97,6 +98,15 @@ def test_adapters_of_all_layers_are_in_the_estimate():
     more = num_adapter_weights("all") - num_adapter_weights("attention")
     fixed = [estimates[f"{method} sd15 lora checkpointing"]["fixed_gib"] for method in ("diffusion", "add")]
     assert more > 3e7 and fixed[1] - fixed[0] > decoder_gib + 22 * more / GIB
+
+
+@pytest.mark.parametrize("method,targets", [("adt", "attention"), ("add", "all")])
+def test_more_ranks_take_the_memory_of_their_weights(method, targets):
+    estimate = json.loads(ESTIMATES.read_text())[f"{method} sd15 lora"]
+    lower, higher = (expected_gib(estimate, SimpleNamespace(batch_size=1), 512,
+                                  {"lora_rank": rank, "fsdp": False})
+                     for rank in (64, 128))
+    assert higher - lower == pytest.approx(num_adapter_weights(targets) * 22 / GIB, rel=.01)
 
 
 def test_a_teacher_of_its_own_takes_two_bytes_a_weight(pretrained):
