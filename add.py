@@ -38,7 +38,7 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
     # the first ones to change
     lambda_distill: Annotated[float, "paper: weight of the distillation loss"] = 2.5
     lambda_adv: Annotated[float, "paper: weight of the adversarial loss; 0 = distillation only"] = 1.0
-    student_steps: Annotated[int, "paper: n, number of student timesteps; the last is pure noise"] = 4
+    student_steps: Annotated[int, "paper: n, number of student timesteps; the noisiest is pure noise"] = 4
     r1_gamma: Annotated[float, "paper: weight of R1 on the heads' inputs"] = 1e-5
     relativistic: Annotated[bool, "paper: false, a hinge of each image; true (ours): of D(real) - "
                             "D(fake)"] = False

@@ -354,8 +354,8 @@ def contact_sheet(dataset, path, n=96, seed=0, columns=12):
         axis.axis("off")
     for axis, image, text in zip(axes.flat, batch.image, batch.caption):
         axis.imshow((image.permute(1, 2, 0) + 1).numpy() / 2, interpolation="nearest")
-        axis.set_title("\n".join(textwrap.wrap(text, 22)), fontsize=6.5, y=-.05, va="top", parse_math=False)
-    figure.subplots_adjust(0, .04, 1, 1, .08, .42)
+        axis.set_title("\n".join(textwrap.wrap(text, 20)), fontsize=7.5, y=-.1, va="top", parse_math=False)
+    figure.subplots_adjust(.01, .05, .99, .99, .08, .5)
     with atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, dpi=100, format="png")
 

@@ -241,7 +241,7 @@ def main(argv=None):
             print(plotting.metrics_table(plotting.aggregate_seeds(rows), args.all_columns, args.eval_samples))
         command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if argv is None else argv)])
         plotting.save_image_grid(list(dict(image_rows).items()), args.output,
-                                 captions if args.prompt is None else None, note=command)
+                                 None if args.prompt else captions, command, args.prompt or "")
         print(f"wrote {args.output}: a row for each model and number of steps, the same noise in each column")
 
 

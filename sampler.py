@@ -51,9 +51,9 @@ def select_grad_steps(n, k, selection="strided", generator=None):
 
 
 def stratified_starts(n, batch_size, generator=None):
-    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. Each
-    position is uniform on its own; together they cover the path evenly, so the cost of batches varies
-    little."""
+    """Where the images of a batch join a path of n steps -> (B,) ascending positions in 0..n-1. The position
+    of a random image of the batch is uniform; together they cover the path evenly, so the cost of batches
+    varies little."""
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     return ((torch.arange(batch_size) + offset) * n / batch_size).long()
 

@@ -42,7 +42,7 @@ PAGES = ROOT / "README.md", ROOT / "docs" / "results.md"               # with ta
 COMMAND = "python -m scripts.make_figures"
 COLOURS = {"base": "tab:gray", "adt": "tab:blue", "add": "tab:red"}
 LABELS = {"base": "base", "adt": "ADT", "add": "ADD student"}
-STEPS = {"base": (1, 2, 4, 10, 25, 50), "adt": (2, 4, 10, 20, 50), "add": (1, 2, 4)}
+STEPS = {"base": (1, 2, 4, 10, 25, 50), "adt": (1, 2, 4, 10, 25, 50), "add": (1, 2, 4)}
 NUM_IMAGES = 2000                                                      # in each row of a table
 FONT_SIZE = 8                                                          # points, the smallest text
 
@@ -235,7 +235,7 @@ def fd_vs_steps():
 
 
 def fd_vs_minutes():
-    """Two Fréchet distances against minutes of training: mean and range of the seeds, for all lengths of the
+    """Two Fréchet distances against minutes of training: mean and range of the seeds, for all lengths in the
     studies. At zero minutes: the base model with the same sampler steps. Wide line: other real images."""
     from matplotlib.figure import Figure
     figure, studies = Figure(figsize=(8.8, 6.2)), load_studies()
@@ -243,11 +243,15 @@ def fd_vs_minutes():
     series = [("adt", "diffusion loss only", "10 steps", COLOURS["base"]),
               ("adt", "ADT", "10 steps", COLOURS["adt"]), ("adt", "ADT, tuned", "10 steps", "tab:cyan"),
               ("add", "ADD", "1 step", COLOURS["add"]), ("add", "ADD, tuned", "1 step", "tab:orange")]
+    longer = {"adt": "adt-longer", "add": "add-ladder"}
     metrics_shown = [("fd", "eval classifier"), ("fd_efficientnet", "EfficientNet")]
     for axes_row, (metric, title) in zip(panels, metrics_shown):
         for axes, dataset_name in zip(axes_row, ("fashion", "glyphs")):
             for method, label, config, colour in series:
                 rows = studies.get(f"{method}-{dataset_name}", [])
+                known = {row_label for row_label, _ in rows}
+                rows = [row for row in studies.get(f"{longer[method]}-{dataset_name}", [])
+                        if row[0] not in known] + rows
                 values = {}
                 for row_label, metrics in rows:
                     row_label = re.sub(r", [\d,]+ training steps", "", row_label)

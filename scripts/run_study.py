@@ -17,6 +17,7 @@ not repeated and what was interrupted continues, so a study may be stopped at an
 import argparse
 import itertools
 import json
+import re
 import shlex
 import signal
 import statistics
@@ -238,7 +239,7 @@ def own_configs(experiment):
 
 def collect_results(args, study, dataset, evaluator):
     """Train and measure what is missing -> [(label, metrics)], the rows of the table before seeds are
-    averaged. Minutes are those of a recipe's quickest run, since runs may have shared the machine."""
+    averaged."""
     runs_dir, data_name = Path(args.output_dir, "runs"), (study.data or args.data)
     file_name = study.data.replace(":", "-") if study.data else dataset.name
     base_dir = None
@@ -249,7 +250,7 @@ def collect_results(args, study, dataset, evaluator):
     base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name, base_dir), {})
     rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
             cached_metrics(runs_dir / f"base-{file_name}.json", evaluator, study.base_configs, base_load_fn)]
-    run_rows, minutes_per_step = [], {}
+    run_rows = []
     for seed, experiment in itertools.product(range(args.seeds or study.seeds), study.rows[:args.max_rows]):
         steps = args.steps or experiment.steps or train.METHODS[experiment.method].default_steps
         name = run_name(experiment, file_name, steps, seed)
@@ -258,12 +259,9 @@ def collect_results(args, study, dataset, evaluator):
         if args.no_train:
             load_fn = None
         for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
-            recipe = (experiment.method, experiment.recipe, *experiment.overrides)
-            run_rows.append((experiment, label, metrics, recipe, steps))
-            pace = metrics["minutes"] / steps
-            minutes_per_step[recipe] = min(minutes_per_step.get(recipe, pace), pace)
-    for experiment, label, metrics, recipe, steps in run_rows:
-        minutes = minutes_per_step[recipe] * steps
+            run_rows.append((experiment, label, metrics, name))
+    for experiment, label, metrics, name in run_rows:
+        minutes = training_minutes(runs_dir, name)
         rows.append((f"{experiment.label}, {label}", experiment.paper_value, {**metrics, "minutes": minutes}))
     real_metrics = {**evaluator.real_metrics, "steps": "", "fd_excess": 0., "minutes": ""}
     rows.append(("real images", "", real_metrics))
@@ -271,6 +269,22 @@ def collect_results(args, study, dataset, evaluator):
         rows = [(label, value, {"paper": value, **metrics}) for label, value, metrics in rows]
     return [(label, {**{name: round_metric(value) for name, value in metrics.items()},
                      "num_images": len(evaluator.captions)}) for label, _, metrics in rows]
+
+
+def training_minutes(runs_dir, name):
+    """Minutes of a run at the speed of the quickest run of its recipe, of any length, seed or study, since
+    runs may have shared the machine."""
+    def parts(stem):
+        return re.fullmatch(r"(.*)-(\d+)steps-seed\d+", stem).groups()
+
+    recipe, steps = parts(name)
+    minutes_per_step = []
+    for path in Path(runs_dir).glob("*steps-seed*.json"):
+        other_recipe, other_steps = parts(path.stem)
+        if other_recipe == recipe:
+            metrics = next(iter(json.loads(path.read_text()).values()))
+            minutes_per_step.append(metrics["minutes"] / int(other_steps))
+    return min(minutes_per_step) * int(steps)
 
 
 def round_metric(value):

@@ -21,8 +21,9 @@ def add_sampling_arguments(parser, pretrained_names, model_families):
                         "(default: what the model was made for)")
     parser.add_argument("--timestep-shift", type=float, help="above 1: more steps at high noise "
                         "(default: what the model was made for, mostly 1)")
-    parser.add_argument("--stochasticity", type=float, help="share of new noise in each step, 0 to 1 "
-                        "(default: what the model was made for: 1 for a few-step student, else 0)")
+    parser.add_argument("--stochasticity", type=float, help="share of new noise in each step: 0 is DDIM or "
+                        "Euler, 1 replaces all noise, which is more than DDIM's eta = 1 (default: what the "
+                        "model was made for: 1 for a few-step student, else 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -42,6 +43,8 @@ def check_sampling_arguments(args, output_suffix):
     """ValueError for what is wrong whatever the models are."""
     if args.steps and not all(part.isdecimal() for part in args.steps.split(",")):
         raise ValueError(f"--steps {args.steps}: wanted whole numbers separated by commas, like 4,10,50")
+    if args.steps and "0" in args.steps.split(","):
+        raise ValueError(f"--steps {args.steps}: a model is sampled in 1 step or more")
     if not 0 <= (args.stochasticity or 0) <= 1:
         raise ValueError(f"--stochasticity {args.stochasticity}: wanted a number from 0 to 1")
     if not 0 <= (args.guidance_scale or 0) < float("inf"):

@@ -23,7 +23,7 @@ def make_parser(description, methods, models):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     lengths = ", ".join(f"{name} {method.default_steps} (Stable Diffusion {method.large_steps})"
                         for name, method in methods.items())
-    parser.add_argument("--method", help=f"{', '.join(methods)} (default: the first)")
+    parser.add_argument("--method", help=f"{', '.join(methods)} (default: {next(iter(methods))})")
     parser.add_argument("--model", help=f"{', '.join(models)} (default: tiny)")
     parser.add_argument("--recipe", help="paper: the method as published (default); tuned: with the changes "
                         "that gave better images here")

@@ -9,6 +9,7 @@ Read next: utils/cli.py
 """
 
 import dataclasses
+import difflib
 import json
 import textwrap
 import typing
@@ -176,7 +177,9 @@ def build_config(method, overrides, model_name="tiny", is_lora=False, world_size
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or key not in kinds:
-            raise ValueError(f"--set {override}: wanted KEY=VALUE with a KEY of {', '.join(kinds)}; "
+            similar = difflib.get_close_matches(key, kinds, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar and key not in kinds else ""
+            raise ValueError(f"--set {override}: wanted KEY=VALUE with a KEY of {', '.join(kinds)}{hint}; "
                              "--set help explains them")
         if key in method.fixed:
             raise ValueError(f"--set {override}: this method means {key}={method.fixed[key]}")

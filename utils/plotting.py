@@ -118,10 +118,11 @@ def wrap(text, width, max_lines, num_last=1):
     return lines
 
 
-def image_grid(rows, captions=None):
-    """[(label, images (B, 3, H, W))] -> a matplotlib figure: one row per label, a caption above each column.
-    More than MAX_COLUMNS columns are broken into blocks, one below the other."""
+def image_grid(rows, captions=None, heading=""):
+    """[(label, images (B, 3, H, W))] -> a matplotlib figure: one row per label, a caption above each column,
+    a heading above all. More than MAX_COLUMNS columns are broken into blocks, one below the other."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     num_images = len(rows[0][1])
     num_blocks = math.ceil(num_images / MAX_COLUMNS)
     columns = math.ceil(num_images / num_blocks)
@@ -130,12 +131,14 @@ def image_grid(rows, captions=None):
     left = .62 * FONT_SIZE / 72 * max((len(line) for label in labels for line in label), default=0) + .1
     title_height = LINE * max((len(title) for title in titles), default=0) + .08
     block_height = title_height + CELL * len(rows)
-    width, height = left + CELL * columns, block_height * num_blocks
+    headings = wrap(heading, max(20, int(16 * columns)), 3)
+    first_top = LINE * 1.2 * len(headings) + (.08 if headings else 0)
+    width, height = left + CELL * columns, first_top + block_height * num_blocks
 
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes([0, 0, 1, 1])                # its coordinates are inches, y downwards
     for block, (i, (_, images)) in product(range(num_blocks), enumerate(rows)):
-        top = block * block_height + title_height + CELL * i
+        top = first_top + block * block_height + title_height + CELL * i
         axes.text(left - .08, top + .5, "\n".join(labels[i]), ha="right", va="center", fontsize=FONT_SIZE,
                   parse_math=False)
         for j, image in enumerate(islice(images, block * columns, (block + 1) * columns)):
@@ -143,21 +146,25 @@ def image_grid(rows, captions=None):
             pixels = ((image.permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy()
             interpolation = "nearest" if len(pixels) <= SMALL else "antialiased"
             axes.imshow(pixels, interpolation=interpolation, extent=(x, x + 1, top + 1, top))
+            axes.add_patch(Rectangle((x, top), 1, 1, fill=False, ec=".85", lw=.5))
     for k, title in enumerate(titles):
         block, j = divmod(k, columns)
-        axes.text(left + CELL * j + .5, block * block_height + title_height - .04, "\n".join(title),
-                  ha="center", va="bottom", fontsize=FONT_SIZE, parse_math=False)
+        bottom = first_top + block * block_height + title_height - .04
+        axes.text(left + CELL * j + .5, bottom, "\n".join(title), ha="center", va="bottom",
+                  fontsize=FONT_SIZE, parse_math=False)
+    axes.text(left, .06, "\n".join(headings), va="top", fontsize=FONT_SIZE + 1, parse_math=False)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     axes.axis("off")
     return figure
 
 
-def save_image_grid(rows, path, captions=None, note=""):
+def save_image_grid(rows, path, captions=None, note="", heading=""):
     """Write image_grid as a PNG; `note` becomes its description. Large images are shown with up to 512
     pixels a side."""
     dpi = max(160, min(rows[0][1].shape[-1], 512))
     with atomic_write(path) as tmp_path:
-        image_grid(rows, captions).savefig(tmp_path, format="png", dpi=dpi, metadata={"Description": note})
+        image_grid(rows, captions, heading).savefig(tmp_path, format="png", dpi=dpi,
+                                                    metadata={"Description": note})
 
 
 # -------------------------------------------------------------------------------------------------- curves
@@ -166,7 +173,7 @@ CURVE_LABELS = {                                        # start of a key of log.
     "loss": "loss × its weight", "grad_norm": "norm", "acc_d": "share of logits right",
     "skipped_steps": "steps",
 }
-HEALTHY_BANDS = {"acc_d_real": (.5, .9), "acc_d_fake": (.5, .9)}
+HEALTHY_BANDS = {"acc_d_real": (.5, .8), "acc_d_fake": (.5, .8)}
 
 
 def curve_label(key):
@@ -191,7 +198,7 @@ def plot_training_curves(log, path):
         mean = F.avg_pool1d(value[None], 2 * half_window + 1, 1, half_window, count_include_pad=False)[0]
         axes = figure.add_subplot(num_rows, 4, i)
         axes.plot(step, value, "C0", lw=.5, alpha=.4)
-        axes.plot(step, mean, "C0")
+        axes.plot(step, mean, "C0", marker="." if len(step) < 4 else None)
         if key in HEALTHY_BANDS:
             axes.axhspan(*HEALTHY_BANDS[key], color="C2", alpha=.15, lw=0, label="healthy")
             axes.set_ylim(-.02, 1.02)

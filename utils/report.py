@@ -106,13 +106,14 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
         table = table_with_best_base(rows, best, num_images)
         atomic_write_text(run_dir / "result.json", json.dumps(dict(rows), indent=1))
         atomic_write_text(run_dir / "table.md", table + "\n")
-        print(f"\n{table}\n\n{verdict(rows)}")
+        print(f"\n{table}\n\n{verdict(rows, num_images)}")
     else:
         print("no table: evaluate.py measures Stable Diffusion; the tiny model needs 400 images or more in "
               "--data")
     print(f"images before and after: {run_dir}/before_after.png    curves: {run_dir}/curves.png")
 
 
+ENOUGH_IMAGES = 1000                   # for Fréchet distances that tell small gains from chance
 RESULTS_DIR = Path(__file__).parent.parent / "results" / "runs"
 
 
@@ -140,14 +141,21 @@ def table_with_best_base(rows, best, num_images):
     return f"{table} {label.capitalize()}: the best number of steps, from {source}."
 
 
-def verdict(rows):
-    """One sentence on the best rows before and after training."""
-    before = [(label, metrics) for label, metrics in rows if label.startswith("before")]
-    after = [(label, metrics) for label, metrics in rows if label.startswith("after")]
-    _, real = rows[-1]
-    label, best = min(after, key=lambda row: row[1]["fd"])
-    reference, base = min(before, key=lambda row: row[1]["fd"])
-    word = "closer to" if best["fd"] < base["fd"] else "not closer to"
-    return (f"Images sampled in {label.removeprefix('after, ')} after training are {word} real images than "
-            f"in {reference.removeprefix('before, ')} before: Frechet distance {best['fd']:.2f}, was "
-            f"{base['fd']:.2f} (other real images: {real['fd']:.2f}).")
+def verdict(rows, num_images):
+    """The best row after training beside the initial model in as many steps and in its best number of them,
+    in a sentence, and a second one where so few images were measured that small differences are chance."""
+    distances = [{label.removeprefix(f"{when}, "): metrics["fd"] for label, metrics in rows
+                  if label.startswith(when)} for when in ("before", "after")]
+    before, after = distances
+    steps = min(after, key=after.get)
+    best = min(before, key=before.get)
+    reference = steps if steps in before else best
+    word = "closer to" if after[steps] < before[reference] else "not closer to"
+    others = [f"{best} before: {before[best]:.2f}"] if best != reference else []
+    others.append(f"other real images: {rows[-1][1]['fd']:.2f}")
+    text = (f"Images sampled in {steps} after training are {word} real images than in {reference} before: "
+            f"Frechet distance {after[steps]:.2f}, was {before[reference]:.2f} ({'; '.join(others)}).")
+    if num_images < ENOUGH_IMAGES:
+        text += (f"\n{num_images:,} images are few: a small difference of two such distances may be chance; "
+                 "--eval-samples 2000 tells more.")
+    return text
