@@ -57,10 +57,10 @@ def make_t5(dim=32):
 
 def make_vae(latent_channels=4, shift_factor=None):
     from diffusers import AutoencoderKL
-    vae = AutoencoderKL(block_out_channels=[32, 64], latent_channels=latent_channels, norm_num_groups=8,
+    vae = AutoencoderKL(block_out_channels=[8, 16], latent_channels=latent_channels, norm_num_groups=8,
                         down_block_types=["DownEncoderBlock2D"] * 2, sample_size=RESOLUTION,
                         up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=.18215,
-                        shift_factor=shift_factor)
+                        shift_factor=shift_factor, mid_block_add_attention=False)
     return vae.eval()
 
 
@@ -68,7 +68,7 @@ def make_unet(cross_attention_dim, **config):
     """config: further arguments of UNet2DConditionModel."""
     from diffusers import UNet2DConditionModel
     unet = UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, sample_size=32, in_channels=4, out_channels=4,
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=32, in_channels=4, out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=cross_attention_dim, **config)
     return unet.eval()
