@@ -2,6 +2,7 @@
 #
 #   make demo             environment, requirements, the main training run
 #   make test             environment, requirements, lint and tests
+#   make test-thorough    the same environment, the tests that take longest
 #   make test-notebooks   the same environment, executes the four notebooks
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR the folder of the environment.
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 ACTIVATE := export PATH="$(BIN):$$PATH"
 
-.PHONY: demo test test-notebooks
+.PHONY: demo test test-thorough test-notebooks
 
 demo: $(VENV)/.requirements
 	$(ACTIVATE) && python train.py --method adt --overwrite
@@ -20,6 +21,9 @@ demo: $(VENV)/.requirements
 test: $(VENV)/.requirements-dev
 	$(ACTIVATE) && ruff check .
 	$(ACTIVATE) && python -m pytest
+
+test-thorough: $(VENV)/.requirements-dev
+	$(ACTIVATE) && python -m pytest -m thorough
 
 test-notebooks: $(VENV)/.requirements-dev
 	$(ACTIVATE) && python -m pytest -m notebooks -n 2 --dist load

@@ -26,6 +26,7 @@ import sampler
 from models.loading import MODEL_FAMILIES, load_eval_classifier
 from models.named import check_sampling_configs, load_named_models
 from utils import arguments, distributed, failures, launch, metrics, plotting
+from utils.batch import check_num_samples
 from utils.checkpoint import short_file_name
 from utils.precision import compute_dtype
 
@@ -77,13 +78,7 @@ class Evaluator:
     eval_batch: n other real images; models get its captions, and its images give real_metrics."""
 
     def __init__(self, dataset, n=2000, seed=1234, split="test", weights_dir=None):
-        if not 200 <= n <= 10 ** 6:
-            raise ValueError(f"--eval-samples {n}: a Fréchet distance of 128 features needs 200 to 10^6")
-        data.check_split(split, dataset.split_sizes)
-        available = dataset.split_sizes[split]
-        if available and 2 * n > available:
-            raise ValueError(f"--eval-samples {n}: the {split} split has {available} images; two halves with "
-                             f"no image in common hold {available // 2} at most, and 200 is the minimum")
+        check_num_samples(n, dataset.split_sizes, split)
         self.dataset = dataset
         self.classifier = load_eval_classifier(dataset.name, weights_dir, dataset.fingerprint)
         num_classes = [head[-1].out_features for head in self.classifier.attribute_heads]

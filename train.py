@@ -181,12 +181,12 @@ def setup(args):
         latent_cache.cache_latents(model, dataset, config.needs_images)
     trainer = Trainer(model, teacher, disc, method.module, config, dataset, run_config["steps"],
                       run_config["seed"], run_config["on_nan"] == "skip", run_config["batch_parts"])
-    num_samples = cli.num_eval_samples(args.eval_samples, dataset.split_sizes["test"])
-    evaluator = None
-    if num_samples and not model.is_large:
-        evaluator = evaluate.Evaluator(dataset, num_samples, weights_dir=run_config["pretrained"])
+    num_samples = 0 if model.is_large else cli.num_eval_samples(args.eval_samples, dataset.split_sizes)
     if not args.resume:                                                # what was mistyped is told first
         checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
+    evaluator = None
+    if num_samples:                                                    # this takes seconds
+        evaluator = evaluate.Evaluator(dataset, num_samples, weights_dir=run_config["pretrained"])
     return run_config, run_dir, trainer, evaluator
 
 

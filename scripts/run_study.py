@@ -200,14 +200,19 @@ def config_label(num_steps, settings):
     return ", ".join(parts)
 
 
+def read_metrics(path):
+    """{label of a sampling config: metrics} of a run or of a base. ValueError if the file is damaged."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it, and the run is measured again") from None
+
+
 def cached_metrics(path, evaluator, configs, load_fn):
     """Measure a model with every sampling config -> yields (label of the config, metrics). What the JSON file
     `path` holds is not measured again. load_fn: called once, if something is missing -> model, further
     metrics; None: skip what is missing."""
-    try:
-        cached = dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it, and the run is measured again") from None
+    cached = read_metrics(path) if path.is_file() else {}
     model = None
     for num_steps, settings in configs:
         label = config_label(num_steps, settings)
@@ -282,7 +287,7 @@ def training_minutes(runs_dir, name):
     for path in Path(runs_dir).glob("*steps-seed*.json"):
         other_recipe, other_steps = parts(path.stem)
         if other_recipe == recipe:
-            metrics = next(iter(json.loads(path.read_text()).values()))
+            metrics = next(iter(read_metrics(path).values()))
             minutes_per_step.append(metrics["minutes"] / int(other_steps))
     return min(minutes_per_step) * int(steps)
 
@@ -328,6 +333,8 @@ def main(argv=None):
         check_args(args, output_dir)
         study = STUDIES[args.study]
         dataset = data.build_dataset(study.data or args.data)
+        for path in (output_dir / "runs").glob("*.json"):
+            read_metrics(path)                                         # a damaged file is told at once
         evaluator = PanelEvaluator(dataset, args.eval_samples, seed=REAL_SEED)
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)
         try:

@@ -63,6 +63,7 @@ def test_the_operations_of_a_step_are_those_of_its_calls(base):
     assert .97 * 3 * network_flops < flops - text_flops < 3 * network_flops
 
 
+@pytest.mark.thorough
 def test_a_team_takes_the_steps_of_a_run_together(tmp_path):
     """Two processes share a batch of two; what they report is summed."""
     team = benchmark.Team(2, "diffusion", "--set", "batch_size=2")

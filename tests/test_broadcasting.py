@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.nn as nn
 from test_distributed import free_port
@@ -78,6 +79,7 @@ def load_in(folder, name, pretrained):
     return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(2)], printed
 
 
+@pytest.mark.thorough
 def test_process_1_has_the_weights_that_process_0_reads(pretrained, tmp_path):
     """Network, VAE, text encoders, tokenizers (through the encodings), DINOv2, and the random state."""
     (reader, receiver), printed = load_in(tmp_path / "pair", "sd3", pretrained)

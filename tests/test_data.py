@@ -56,7 +56,7 @@ def test_images_are_antialiased_jittered_and_in_range(glyphs):
 
 
 def test_held_out_pairs_do_not_occur_in_training(glyphs):
-    pairs = {split: {tuple(p) for p in glyphs.sample_batch(30000, seeded(), split).attributes[:, :2].tolist()}
+    pairs = {split: {tuple(p) for p in glyphs.sample_batch(6000, seeded(), split).attributes[:, :2].tolist()}
              for split in ("train", "test", "held_out")}
     assert not pairs["held_out"] & (pairs["train"] | pairs["test"])
     assert len(pairs["held_out"]) == len(glyphs.shapes)    # one foreground colour of each shape

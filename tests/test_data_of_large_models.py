@@ -50,6 +50,7 @@ def test_sdxl_is_told_where_the_random_crop_lies(pretrained, monkeypatch):
     assert (time_ids[0][:, 4:] == RESOLUTION).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_stream_trains_a_large_model(pretrained, tmp_path, monkeypatch, name):
     pytest.importorskip("datasets")

@@ -37,11 +37,13 @@ def test_operations_on_two_devices_are_refused():
                 mix()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", SETTINGS)
 def test_the_tiny_model_trains_and_samples_on_one_device(method):
     check_run(make_trainer, "--method", method, *SETTINGS[method])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name, method, trained", [("sd15", "adt", ["--lora-rank", "2"]), ("sdxl", "add", []),
                                                    ("sd3", "adt", ["--lora-rank", "2"])])
 def test_a_large_model_trains_and_samples_on_one_device(pretrained, cache_home, name, method, trained):

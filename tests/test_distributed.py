@@ -136,9 +136,11 @@ def first_moments(optimizer_state):
     return torch.cat([state["exp_avg"].flatten() for state in states])
 
 
-@pytest.mark.parametrize("name,method,extra", [("tiny", "adt", []), ("sd15", "adt", ["--fsdp"]),
-                                               ("sdxl", "add", ["--lora-rank", "4"]),
-                                               ("sd3", "add", ["--fsdp"])])
+@pytest.mark.parametrize("name,method,extra", [
+    ("tiny", "adt", []),
+    pytest.param("sd15", "adt", ["--fsdp"], marks=pytest.mark.thorough),
+    pytest.param("sdxl", "add", ["--lora-rank", "4"], marks=pytest.mark.thorough),
+    pytest.param("sd3", "add", ["--fsdp"], marks=pytest.mark.thorough)])
 def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, method, extra):
     arguments = ["--method", method, "--steps", "1", "--set", "warmup_steps_d=0", "--set", "batch_size=1"]
     if name != "tiny":
@@ -168,6 +170,7 @@ def test_two_processes_take_the_step_of_one(request, server, tmp_path, name, met
                 assert abs(a[key] - b[key]) <= log_tolerance * max(1, abs(a[key])), key
 
 
+@pytest.mark.thorough
 def test_a_sharded_run_resumes(pretrained, server, tmp_path):
     """Weights, EMA weights and moments are sharded again; a single process may not resume the run."""
     arguments = [*large_arguments(pretrained, "sd3"), "--method", "diffusion", "--set", "batch_size=1",
@@ -186,6 +189,7 @@ def test_a_sharded_run_resumes(pretrained, server, tmp_path):
     assert "torchrun --nproc-per-node 2 train.py --resume" in stderr
 
 
+@pytest.mark.thorough
 def test_two_processes_resume_bit_by_bit_after_sigterm(server, tmp_path):
     """A cluster's scheduler stops torchrun with SIGTERM: both processes finish the same step and save."""
     arguments = ["--method", "add", "--steps", "6", "--set", "batch_size=1"]

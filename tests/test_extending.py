@@ -38,6 +38,7 @@ def run_here(name, args, folder, monkeypatch):
     runpy.run_path(f"{name}.py", run_name="__main__")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ARGS)
 def test_the_example_works(name, tmp_path, drawing, monkeypatch):
     (tmp_path / f"{name}.py").write_text(EXAMPLES[name])

@@ -486,6 +486,7 @@ def trained_weights(tmp_path_factory):
     return str(path / "weights")
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_stream_resumes_to_the_bit(tmp_path, monkeypatch, streaming, trained_weights):
     folder = make_shards(tmp_path / "mine")
     args = ["--method", "diffusion", "--data", str(folder), "--pretrained", trained_weights, "--random-flip",

@@ -393,6 +393,7 @@ def test_a_result_is_uploaded(monkeypatch, tmp_path, capsys):
         hub.push("me/model", tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_compiled_network_trains_and_keeps_its_names(monkeypatch, pretrained, tmp_path):
     """The compiler itself is torch's; here its slow back end is replaced."""
     compiled, compile_module = [], torch.nn.Module.compile

@@ -69,6 +69,7 @@ def shared_run(tmp_path_factory):
     return run_dir, stdout, stderr
 
 
+@pytest.mark.thorough
 def test_two_processes_take_the_steps_of_one_with_half_the_batch_twice(shared_run, tmp_path):
     train.main([*SHORT, "--output-dir", str(tmp_path), "--set", "batch_size=1",
                 "--set", "gradient_accumulation_steps=2"])
@@ -78,6 +79,7 @@ def test_two_processes_take_the_steps_of_one_with_half_the_batch_twice(shared_ru
         assert a["loss_diffusion"] == pytest.approx(b["loss_diffusion"], rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_the_output_of_two_processes_is_printed_once(shared_run):
     run_dir, stdout, stderr = shared_run
     assert stdout.count("run folder:") == 1
@@ -86,6 +88,7 @@ def test_the_output_of_two_processes_is_printed_once(shared_run):
     assert not {"Traceback", "Warning", "leaked"} & set(re.findall(r"\w+", stderr))
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_resumes_with_any_number_of_processes_that_can_share_its_step(shared_run, tmp_path,
                                                                                     capfd):
     """SIGTERM reaches process 0 alone. Two processes continue bit by bit, one up to rounding, three not."""
@@ -157,6 +160,7 @@ def test_a_helper_that_is_killed_ends_the_run_with_one_sentence(program):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number,code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_a_helper_ends_with_process_0(program, number, code):
     """Also if that is killed and can tell nobody."""

@@ -119,6 +119,7 @@ def test_a_teacher_of_its_own_takes_two_bytes_a_weight(pretrained):
     assert more == pytest.approx(num_bytes, rel=.1)
 
 
+@pytest.mark.thorough
 def test_the_estimates_are_current():
     """Of one model; the others take minutes."""
     estimates = json.loads(ESTIMATES.read_text())

@@ -59,6 +59,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_noticed(glyph_panel, real, fault):
     """The same unseen images with and without the fault: the score moves, and in the direction of worse."""

@@ -266,6 +266,7 @@ def test_a_damaged_encoding_without_encoders_and_a_read_only_folder_are_one_sent
         model.encode_prompts(["a green hat"])
 
 
+@pytest.mark.thorough
 def test_a_container_without_a_home_can_encode(pretrained, tmp_path):
     """No HOME, and a user id that has no passwd entry: Path.home() raises RuntimeError there."""
     code = f"""

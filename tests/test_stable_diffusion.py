@@ -307,6 +307,7 @@ def test_a_student_that_diffusers_could_not_sample_is_refused(pretrained, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", train.METHODS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_command_a_user_types(pretrained, tmp_path, name, method, monkeypatch):

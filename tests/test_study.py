@@ -39,6 +39,7 @@ def small_study(monkeypatch, glyphs):
     monkeypatch.setitem(train.METHODS, "add", method)
 
 
+@pytest.mark.thorough
 def test_a_study_trains_each_row_once_and_shows_the_value_of_the_paper(tmp_path, small_study, monkeypatch,
                                                                        capsys):
     args = ["add", "--seeds", "2", "--eval-samples", "200", "--output-dir", str(tmp_path)]

@@ -349,6 +349,7 @@ def test_unknown_words_in_captions_stop_a_run_before_it_starts(tmp_path, capsys)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_folder_of_images_from_pretraining_to_evaluation(tmp_path):
     from scripts import pretrain
     images, weights = make_image_folder(tmp_path / "mine", n=400), tmp_path / "weights"

@@ -52,3 +52,14 @@ class Batch:
 def check_split(split, split_sizes):
     if split not in split_sizes:
         raise ValueError(f"this data set has the splits {', '.join(split_sizes)}; '{split}' is none of them")
+
+
+def check_num_samples(n, split_sizes, split="test"):
+    """ValueError unless n images of a split can be measured against n others."""
+    if not 200 <= n <= 10 ** 6:
+        raise ValueError(f"--eval-samples {n}: a Fréchet distance of 128 features needs 200 to 10^6")
+    check_split(split, split_sizes)
+    available = split_sizes[split]
+    if available and 2 * n > available:
+        raise ValueError(f"--eval-samples {n}: the {split} split has {available} images; two halves with no "
+                         f"image in common hold {available // 2} at most, and 200 is the minimum")

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from utils import checkpoint, distributed, hub_data, precision
+from utils.batch import check_num_samples
 
 EVAL_SAMPLES = 2000                    # images per row of the final table
 MIN_EVAL_SAMPLES = 200                 # fewer give no Frechet distance
@@ -104,11 +105,15 @@ def add_large_model_arguments(group, methods):
                        help="with torchrun: shard the weights over all processes (FSDP2)")
 
 
-def num_eval_samples(wanted, test_size):
+def num_eval_samples(wanted, split_sizes):
     """How many images the final table measures: --eval-samples, or by default what a small data set has, and
-    0 if that is too little for a Frechet distance. test_size: images in the test split, None: endless."""
+    0 if that is too little for a Frechet distance. ValueError if --eval-samples is impossible. split_sizes:
+    of the data set; None is endless."""
+    if wanted:
+        check_num_samples(wanted, split_sizes)
     if wanted is not None:
         return wanted
+    test_size = split_sizes["test"]
     max_samples = test_size // 2 if test_size else EVAL_SAMPLES
     num_samples = min(EVAL_SAMPLES, max_samples)
     return num_samples if num_samples >= MIN_EVAL_SAMPLES else 0
