@@ -2,8 +2,7 @@
 #
 #   make demo             environment, requirements, the main training run
 #   make test             environment, requirements, lint and tests
-#   make test-thorough    the same environment, the tests that take longest
-#   make test-notebooks   the same environment, executes the four notebooks
+#   make test-long        the same environment, the tests that take longest and the four notebooks
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=DIR the folder of the environment.
 
@@ -12,7 +11,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 ACTIVATE := export PATH="$(BIN):$$PATH"
 
-.PHONY: demo test test-thorough test-notebooks
+.PHONY: demo test test-long
 
 demo: $(VENV)/.requirements
 	$(ACTIVATE) && python train.py --method adt --overwrite
@@ -22,11 +21,8 @@ test: $(VENV)/.requirements-dev
 	$(ACTIVATE) && ruff check .
 	$(ACTIVATE) && python -m pytest
 
-test-thorough: $(VENV)/.requirements-dev
-	$(ACTIVATE) && python -m pytest -m thorough
-
-test-notebooks: $(VENV)/.requirements-dev
-	$(ACTIVATE) && python -m pytest -m notebooks -n 2 --dist load
+test-long: $(VENV)/.requirements-dev
+	$(ACTIVATE) && python -m pytest -m "thorough or notebooks" -n 2
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"

@@ -32,6 +32,15 @@ DISCRIMINATORS = ["similarity", "reference", "ordered", "difference", "relativis
 DRAWING = {name: getattr(plotting, name) for name in ("plot_training_curves", "save_image_grid")}
 
 
+def pytest_collection_modifyitems(items):
+    """With the tests in two halves, which two workers begin with, each has half of the notebooks first: they
+    take longest."""
+    notebooks = [item for item in items if item.get_closest_marker("notebooks")]
+    others = [item for item in items if item not in notebooks]
+    middle = len(others) // 2
+    items[:] = [*notebooks[::2], *others[:middle], *notebooks[1::2], *others[middle:]]
+
+
 def pytest_collection_finish():
     """Tests and libraries stay to the end: the garbage collector, which every run calls, may skip them."""
     gc.freeze()
