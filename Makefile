@@ -22,7 +22,7 @@ test: $(VENV)/.requirements-dev
 	$(ACTIVATE) && python -m pytest
 
 test-long: $(VENV)/.requirements-dev
-	$(ACTIVATE) && python -m pytest -m "thorough or notebooks" -n 2
+	$(ACTIVATE) && python -m pytest -m "thorough or notebooks" -n 2 --dist load
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"

@@ -32,13 +32,15 @@ DISCRIMINATORS = ["similarity", "reference", "ordered", "difference", "relativis
 DRAWING = {name: getattr(plotting, name) for name in ("plot_training_curves", "save_image_grid")}
 
 
+@pytest.hookimpl(trylast=True)                                        # after -m has left out others
 def pytest_collection_modifyitems(items):
-    """With the tests in two halves, which two workers begin with, each has half of the notebooks first: they
-    take longest."""
+    """The notebooks take longest: one stands first, and the others after four tests each, since pytest-xdist
+    (--dist load) gives each worker about five tests at the start."""
     notebooks = [item for item in items if item.get_closest_marker("notebooks")]
     others = [item for item in items if item not in notebooks]
-    middle = len(others) // 2
-    items[:] = [*notebooks[::2], *others[:middle], *notebooks[1::2], *others[middle:]]
+    for i, item in enumerate(reversed(notebooks)):
+        others.insert(5 * i, item)
+    items[:] = others
 
 
 def pytest_collection_finish():
