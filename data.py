@@ -279,10 +279,10 @@ def dataset_name(name, resumed_run=None):
         return name
     source = hub_data.parse_source(name) if name else None
     if source is None and (name == "" or not Path(name).is_dir()):
-        advice = f"; if the data of {resumed_run} was moved, add --data with its new place"
+        hint = f"; if the data of {resumed_run} was moved, add --data with its new place"
         raise FileNotFoundError(f"no data set '{printable(name)}': wanted glyphs, fashion, a folder of "
                                 "images, a hub data set (OWNER/NAME or OWNER/NAME@SPLIT), or .tar shards"
-                                + (advice if resumed_run else ""))
+                                + (hint if resumed_run else ""))
     if source is not None:
         hub_data.check_library(name)
         if source.kind == "hub":

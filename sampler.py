@@ -77,7 +77,7 @@ def predict_truncated(predict, keeps_graph, x, t, cond, *guidance):
     for has_graph in (True, False):
         part = (keeps_graph == has_graph).nonzero().flatten()
         if len(part):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and has_graph):
+            with torch.set_grad_enabled(has_graph):
                 outputs.append(predict(x[part], t[part], {k: v[part] for k, v in cond.items()}, *guidance))
             rows.append(part)
     return torch.cat(outputs)[torch.cat(rows).argsort()]

@@ -182,7 +182,7 @@ def setup(args):
     trainer = Trainer(model, teacher, disc, method.module, config, dataset, run_config["steps"],
                       run_config["seed"], run_config["on_nan"] == "skip", run_config["batch_parts"])
     num_samples = 0 if model.is_large else cli.num_eval_samples(args.eval_samples, dataset.split_sizes)
-    if not args.resume:                                                # what was mistyped is told first
+    if not args.resume:                                                # after what was mistyped
         checkpoint.check_run_dir(run_dir, run_config, args.overwrite)
     evaluator = None
     if num_samples:                                                    # this takes seconds

@@ -265,8 +265,10 @@ def collect_results(args, study, dataset, evaluator):
             load_fn = None
         for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
             run_rows.append((experiment, label, metrics, name))
+    minutes_per_step = fastest_minutes_per_step(runs_dir)
     for experiment, label, metrics, name in run_rows:
-        minutes = training_minutes(runs_dir, name)
+        recipe, steps = split_run_name(name)
+        minutes = minutes_per_step[recipe] * steps
         rows.append((f"{experiment.label}, {label}", experiment.paper_value, {**metrics, "minutes": minutes}))
     real_metrics = {**evaluator.real_metrics, "steps": "", "fd_excess": 0., "minutes": ""}
     rows.append(("real images", "", real_metrics))
@@ -276,20 +278,21 @@ def collect_results(args, study, dataset, evaluator):
                      "num_images": len(evaluator.captions)}) for label, _, metrics in rows]
 
 
-def training_minutes(runs_dir, name):
-    """Minutes of a run at the speed of the quickest run of its recipe, of any length, seed or study, since
-    runs may have shared the machine."""
-    def parts(stem):
-        return re.fullmatch(r"(.*)-(\d+)steps-seed\d+", stem).groups()
+def split_run_name(name):
+    """run_name -> its recipe, which is all before the length and the seed, and its number of steps."""
+    recipe, steps = re.fullmatch(r"(.*)-(\d+)steps-seed\d+", name).groups()
+    return recipe, int(steps)
 
-    recipe, steps = parts(name)
-    minutes_per_step = []
-    for path in Path(runs_dir).glob("*steps-seed*.json"):
-        other_recipe, other_steps = parts(path.stem)
-        if other_recipe == recipe:
-            metrics = next(iter(read_metrics(path).values()))
-            minutes_per_step.append(metrics["minutes"] / int(other_steps))
-    return min(minutes_per_step) * int(steps)
+
+def fastest_minutes_per_step(runs_dir):
+    """{recipe: minutes of a step in its quickest run, of any length, seed or study}, since runs may have
+    shared the machine."""
+    fastest = {}
+    for path in runs_dir.glob("*steps-seed*.json"):
+        recipe, steps = split_run_name(path.stem)
+        minutes = next(iter(read_metrics(path).values()))["minutes"] / steps
+        fastest[recipe] = min(fastest.get(recipe, minutes), minutes)
+    return fastest
 
 
 def round_metric(value):
@@ -334,7 +337,7 @@ def main(argv=None):
         study = STUDIES[args.study]
         dataset = data.build_dataset(study.data or args.data)
         for path in (output_dir / "runs").glob("*.json"):
-            read_metrics(path)                                         # a damaged file is told at once
+            read_metrics(path)                                         # a damaged file is reported at once
         evaluator = PanelEvaluator(dataset, args.eval_samples, seed=REAL_SEED)
         (output_dir / "runs").mkdir(parents=True, exist_ok=True)
         try:

@@ -29,6 +29,7 @@ from models.loading import MODEL_FAMILIES
 from models.named import load_named_models
 from utils import arguments, distributed, plotting
 from utils.checkpoint import atomic_write_text
+from utils.cli import read_caption_file
 from utils.failures import clear_exit, start_program
 
 QUESTIONS = ("quality", "prompt")
@@ -56,14 +57,10 @@ def render_page(names, captions, images):
 
 def read_prompts(path):
     """A text file with one caption per line -> the captions; empty lines are skipped."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts-file {path}: wanted a text file with a caption per line, could not read "
-                         f"it ({error})") from None
-    if not any(lines):
+    captions = read_caption_file(path, "--prompts-file")
+    if not captions:
         raise ValueError(f"--prompts-file {path}: wanted one caption per line, found none")
-    return [line for line in lines if line]
+    return captions
 
 
 def write_page(args):

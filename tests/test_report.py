@@ -77,22 +77,22 @@ def test_the_results_hold_a_best_row_for_both_data_sets(data):
     assert (ROOT / source).is_file()
 
 
-def test_the_verdict_compares_equal_numbers_of_steps():
+def test_the_summary_compares_equal_numbers_of_steps():
     """A student in four steps beside its teacher in four, and in its best number of steps."""
     distances = {"before, 1 step": 30., "before, 4 steps": 5., "before, 25 steps": 1.5, "after, 1 step": 4.,
                  "after, 4 steps": 3., "real images": 1.}
     rows = [(label, {"fd": fd}) for label, fd in distances.items()]
-    assert report.verdict(rows, 2000) == (
+    assert report.summary_sentence(rows, 2000) == (
         "Images sampled in 4 steps after training are closer to real images than in 4 steps before: Frechet "
         "distance 3.00, was 5.00 (25 steps before: 1.50; other real images: 1.00).")
-    few = report.verdict(rows, 200).splitlines()
+    few = report.summary_sentence(rows, 200).splitlines()
     assert len(few) == 2 and few[1].startswith("200 images are few")
     rows[4] = "after, 4 steps", {"fd": 6.}
     rows[3] = "after, 1 step", {"fd": 31.}
-    assert "not closer to real images than in 4 steps before" in report.verdict(rows, 2000)
+    assert "not closer to real images than in 4 steps before" in report.summary_sentence(rows, 2000)
 
 
 def test_a_student_of_other_steps_is_compared_with_the_best_before():
     rows = [("before, 25 steps", {"fd": 1.5}), ("after, 8 steps", {"fd": 1.2}), ("real images", {"fd": 1.})]
     expected = "8 steps after training are closer to real images than in 25 steps before"
-    assert expected in report.verdict(rows, 2000)
+    assert expected in report.summary_sentence(rows, 2000)

@@ -274,16 +274,21 @@ def initial_lora(args, key, method):
     return initial[key] if initial["lora_rank"] else default
 
 
+def read_caption_file(path, option):
+    """The lines of a text file that are not empty. ValueError with the name of the option."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {path}: wanted a text file in UTF-8 with a caption per line, could not "
+                         f"read it ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_prompts(args):
     """Captions of --validation-prompt and --prompts -> list, [] without."""
     prompts = list(args.prompts or [])
     if args.prompts_file:
-        try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {args.prompts_file}: wanted a text file in UTF-8 ({error})"
-                             ) from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += read_caption_file(args.prompts_file, "--prompts")
     if args.prompts_file and not prompts:
         raise ValueError(f"--prompts {args.prompts_file}: wanted a caption a line, found none")
     if len(prompts) > 64:

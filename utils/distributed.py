@@ -53,7 +53,7 @@ def init_distributed(check_start=lambda: None):
     watch_for_failures()
 
 
-def read_integer(name, low, high=None, advice="start the processes with torchrun, which sets it"):
+def read_integer(name, low, high=None, hint="start the processes with torchrun, which sets it"):
     """An environment variable as an integer from low to high; ValueError if it is none."""
     text = os.environ[name]
     with suppress(ValueError):
@@ -61,7 +61,7 @@ def read_integer(name, low, high=None, advice="start the processes with torchrun
         if low <= value and (high is None or value <= high):
             return value
     wanted = f"{low} or more" if high is None else f"{low} to {high}"
-    raise ValueError(f"{name}={text}: wanted a whole number, {wanted}: {advice}")
+    raise ValueError(f"{name}={text}: wanted a whole number, {wanted}: {hint}")
 
 
 def default_store():

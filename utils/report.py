@@ -1,4 +1,4 @@
-"""What a run shows: log, grids of samples and curves while it trains, table and verdict at the end."""
+"""What a run shows: log, grids of samples and curves while it trains, table and summary at the end."""
 
 import gc
 import json
@@ -106,7 +106,7 @@ def save_report(run_dir, rows, image_rows, captions, num_images):
         table = table_with_best_base(rows, best, num_images)
         atomic_write_text(run_dir / "result.json", json.dumps(dict(rows), indent=1))
         atomic_write_text(run_dir / "table.md", table + "\n")
-        print(f"\n{table}\n\n{verdict(rows, num_images)}")
+        print(f"\n{table}\n\n{summary_sentence(rows, num_images)}")
     else:
         print("no table: evaluate.py measures Stable Diffusion; the tiny model needs 400 images or more in "
               "--data")
@@ -141,12 +141,11 @@ def table_with_best_base(rows, best, num_images):
     return f"{table} {label.capitalize()}: the best number of steps, from {source}."
 
 
-def verdict(rows, num_images):
+def summary_sentence(rows, num_images):
     """The best row after training beside the initial model in as many steps and in its best number of them,
     in a sentence, and a second one where so few images were measured that small differences are chance."""
-    distances = [{label.removeprefix(f"{when}, "): metrics["fd"] for label, metrics in rows
-                  if label.startswith(when)} for when in ("before", "after")]
-    before, after = distances
+    before, after = ({label.removeprefix(f"{when}, "): metrics["fd"] for label, metrics in rows
+                      if label.startswith(when)} for when in ("before", "after"))
     steps = min(after, key=after.get)
     best = min(before, key=before.get)
     reference = steps if steps in before else best
