@@ -165,8 +165,11 @@ def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
         x = model.add_noise(x0, timesteps[starts].to(x0.device), eps)  # ADT start: t_s uniform over the path
     grad_steps = sampler.select_grad_steps_of_batch(len(timesteps), starts, config.num_grad_steps,
                                                     config.grad_step_selection, generator)
-    return sampler.rollout(model, x, timesteps, cond, uncond, config.guidance_scale, grad_steps,
-                           config.input_grad_scale, config.checkpoint_rollout, starts=starts)
+    path = model, x, timesteps, cond, uncond, config.guidance_scale
+    if config.checkpoint_rollout or config.input_grad_scale:
+        return sampler.rollout(*path, grad_steps, config.input_grad_scale, config.checkpoint_rollout,
+                               starts=starts)
+    return sampler.rollout_in_two_passes(*path, grad_steps=grad_steps, starts=starts)
 
 
 def generator_loss(model, teacher, disc, batch, config):

@@ -135,9 +135,10 @@ def evaluate_model(evaluator, model, num_steps, image_dir=None, **settings):
     return scores
 
 
-def evaluate_models(models, captions, evaluator=None, seed=0, image_dir=None):
+def evaluate_models(models, captions, evaluator=None, seed=0, image_dir=None, recorded=None):
     """models: [(label, model, num_steps, settings)] -> (rows of a table, rows of a grid); without evaluator
-    the table has no rows. The grid shows `captions`, sampled from other noise than the measured images."""
+    the table has no rows. The grid shows `captions`, sampled from other noise than the measured images.
+    recorded: metrics that need not be measured (utils/report.py, recorded_metrics)."""
     rows, image_rows = [], []
     if evaluator and image_dir:
         for _ in plotting.save_images(*evaluator.reference_images(), Path(image_dir, "real images")):
@@ -151,7 +152,9 @@ def evaluate_models(models, captions, evaluator=None, seed=0, image_dir=None):
             num_seeds = [known_label for known_label, _ in rows].count(label)
             folder = label.replace("/", "-") + (f", seed {num_seeds + 1}" if num_seeds else "")
             model_dir = Path(image_dir, short_file_name(folder)) if image_dir else None
-            scores = evaluate_model(evaluator, model, num_steps, model_dir, seed=seed, **settings)
+            scores = (recorded or {}).get((label, settings.get("guidance_scale", 1.)))
+            if scores is None:
+                scores = evaluate_model(evaluator, model, num_steps, model_dir, seed=seed, **settings)
             rows.append((label, scores))
     if evaluator:
         rows.append(("real images", {**evaluator.real_metrics, "steps": "", "fd_excess": 0.}))

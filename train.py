@@ -190,15 +190,15 @@ def setup(args):
     return run_config, run_dir, trainer, evaluator
 
 
-def final_evaluation(trainer, evaluator, run_dir, captions):
+def final_evaluation(trainer, evaluator, run_config, run_dir, captions):
     """Measure and show the model before and after training."""
+    recorded = report.recorded_metrics(run_config, loading.WEIGHTS_DIR, evaluator)
     with trainer.ema_weights() as model:
         models = {"before": trainer.initial_model(), "after": model}
         to_sample = [(label, models[label], *row)
                      for label, *row in trainer.config.eval_sampling_configs(model.guidance_scale)]
-        rows, image_rows = evaluate.evaluate_models(to_sample, captions, evaluator)
-    if distributed.get_rank() == 0:
-        report.save_report(run_dir, rows, image_rows, captions, len(evaluator.captions) if evaluator else 0)
+        rows, image_rows = evaluate.evaluate_models(to_sample, captions, evaluator, recorded=recorded)
+    report.save_report(run_dir, rows, image_rows, captions, evaluator, recorded)
 
 
 def run_training(args):
@@ -227,7 +227,7 @@ def run_training(args):
             if stop_requests or trainer.step < trainer.total_steps:    # another process was stopped
                 raise KeyboardInterrupt(*[number for number, _ in stop_requests[:1]])
             if args.eval_samples != 0:
-                final_evaluation(trainer, evaluator, run_dir, captions)
+                final_evaluation(trainer, evaluator, run_config, run_dir, captions)
         reporter.close()
         if is_main:
             hub.push(run_config["push_to_hub"], run_dir)

@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
         return len(self.alpha)
 
     def autocast(self):
-        """Context manager for calls of the network and of what judges its images."""
+        """Context manager for calls of the network and of the discriminator."""
         return autocast(self.precision)
 
     def interp_table(self, table, t):

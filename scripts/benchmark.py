@@ -164,7 +164,8 @@ def default_commands(args):
                                         "GEMM": gemm_job(precision),
                                         "sample": lambda team=team: team.run("sample")}, args.rounds)
             rate = 2 * GEMM_SIZE ** 3 / seconds["GEMM"]
-            num_calls = sum(row[1] for row in trainer.config.eval_sampling_configs())
+            num_calls = sum(num_steps for label, num_steps, _ in trainer.config.eval_sampling_configs()
+                            if label == "after")                       # the others are in results/
             table = num_calls * EVAL_BATCHES / num_processes * seconds["sample"] / 4
             mib = team.run("memory")
             team.close()

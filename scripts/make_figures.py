@@ -35,6 +35,7 @@ from scripts.panel import PanelEvaluator
 from scripts.run_study import REAL_SEED, cached_metrics
 from utils.failures import clear_exit, start_program
 from utils.plotting import aggregate_seeds, format_steps, image_grid, metrics_table
+from utils.report import results_path
 
 ROOT = Path(__file__).parent.parent
 FIGURES_DIR, RESULTS_DIR = ROOT / "docs" / "figures", ROOT / "results"
@@ -100,21 +101,17 @@ def set_log_ticks(axis, ticks):
     axis.set_ticks([], minor=True)
 
 
-def results_path(name, dataset_name):
-    """The file in results/runs/ with the metrics of a model in weights/. The name contains a hash of the
-    weights, so that new weights are measured anew."""
-    if name == "base":
-        return RESULTS_DIR / "runs" / f"base-{dataset_name}.json"
-    weights = weights_path(PRETRAINED[name], dataset_name).read_bytes()
-    digest = hashlib.sha256(weights).hexdigest()[:8]
-    return RESULTS_DIR / "runs" / f"pretrained-{name}-{digest}-{dataset_name}.json"
+def pretrained_results(name, dataset_name):
+    """The file in results/runs/ with the metrics of a model in weights/."""
+    return results_path(name if name == "base" else f"pretrained-{name}",
+                        weights_path(PRETRAINED[name], dataset_name), dataset_name)
 
 
 def pretrained_metrics(name, dataset_name, evaluator, steps):
     """Metrics of a model in weights/ with these numbers of sampler steps -> a list of dicts."""
     model, settings = load_pretrained(name, dataset_name)
     configs = [(num_steps, settings) for num_steps in steps]
-    rows = cached_metrics(results_path(name, dataset_name), evaluator, configs, lambda: (model, {}))
+    rows = cached_metrics(pretrained_results(name, dataset_name), evaluator, configs, lambda: (model, {}))
     return [metrics for _, metrics in rows]
 
 

@@ -31,13 +31,14 @@ if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them witho
 
 import data
 import train
-from models.loading import load_model
+from models.loading import load_model, weights_path
 from scripts import pretrain
 from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
 from utils.failures import clear_exit, signal_number, start_program
 from utils.plotting import aggregate_seeds, format_steps, metrics_table
+from utils.report import results_path
 
 
 @dataclass
@@ -253,8 +254,10 @@ def collect_results(args, study, dataset, evaluator):
         if not args.no_train:
             train_base(study, base_dir)
     base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name, base_dir), {})
+    base_weights = weights_path("denoiser", dataset.name, base_dir)
+    base_results = runs_dir / results_path("base", base_weights, file_name).name
     rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
-            cached_metrics(runs_dir / f"base-{file_name}.json", evaluator, study.base_configs, base_load_fn)]
+            cached_metrics(base_results, evaluator, study.base_configs, base_load_fn)]
     run_rows = []
     for seed, experiment in itertools.product(range(args.seeds or study.seeds), study.rows[:args.max_rows]):
         steps = args.steps or experiment.steps or train.METHODS[experiment.method].default_steps

@@ -222,7 +222,7 @@ def test_one_generator_gives_all_micro_batches_the_same_start_and_steps(toy):
         model.calls.clear()
         adt.rollout_from_batch(model, torch.randn(1, 2, 4, 4, dtype=torch.float64), cond, cond, config,
                                torch.Generator().manual_seed(seed))
-        calls.append([(t_input.item(), has_graph) for _, t_input, has_graph in model.calls])
+        calls.append([(tuple(t_input.tolist()), has_graph) for _, t_input, has_graph in model.calls])
     assert calls[0] == calls[1]
     assert len(set(map(tuple, calls))) > 2
 
@@ -375,8 +375,9 @@ def test_network_and_discriminator_receive_the_caption_of_each_image(tiny_setup,
     text = model.encode_prompts(batch.caption)
     config = adt.Config(num_inference_steps=3, caption_dropout=0., rollout_start="noise")
     _, inputs = adt.generator_loss(model, None, disc, batch, config)
-    assert len(recorded) == 4 and len(disc.conds) == 1
-    for cond in (*recorded, *disc.conds, inputs.cond):
+    assert len(recorded) == 5 and len(disc.conds) == 1
+    *recorded, of_graphs = recorded                                    # of two steps, in one call
+    for cond in (*recorded, *of_graphs.split(len(batch.caption)), *disc.conds, inputs.cond):
         torch.testing.assert_close(cond, text["pooled"])
 
 

@@ -4,13 +4,22 @@ import json
 
 import pytest
 
-from conftest import ROOT
+import evaluate
+from models.loading import WEIGHTS_DIR
 from utils import report
 
 METRICS = {"accuracy": .9, "precision": .9, "recall": .9, "fd_excess": 1.}
-ROWS = [("before, 10 steps", {"steps": 10, "fd": 3., **METRICS}),
-        ("after, 10 steps", {"steps": 10, "fd": 2., **METRICS}),
-        ("real images", {"steps": "", "fd": 1., **METRICS})]
+ROWS = [("before, 10 steps", {"steps": 10, "guidance_scale": 1., "fd": 3., **METRICS}),
+        ("after, 10 steps", {"steps": 10, "guidance_scale": 1., "fd": 2., **METRICS}),
+        ("real images", {"steps": "", "guidance_scale": "", "fd": 1., **METRICS})]
+
+
+class Measured:
+    """In place of the evaluator: how many images it measures, and which metrics."""
+
+    def __init__(self, num_images=2000):
+        self.captions = ["a cat"] * num_images
+        self.real_metrics = {"fd": 1., "accuracy": .9, "precision": .9, "recall": .9}
 
 
 def run_config(data="glyphs", pretrained=None):
@@ -20,61 +29,92 @@ def run_config(data="glyphs", pretrained=None):
 
 @pytest.fixture
 def stored(monkeypatch, tmp_path):
-    """-> a function that writes {name of the sampling config: FD} as the results of the base on glyphs."""
+    """-> a function that writes {name of the sampling config: FD} as the results of the base on glyphs, and
+    returns the folder of its weights."""
     def write(distances):
-        rows = {key: {"steps": int(key.split()[0]), "fd": fd, **METRICS} for key, fd in distances.items()}
-        (tmp_path / "base-glyphs.json").write_text(json.dumps(rows))
+        rows = {key: {"steps": int(key.split()[0]), "guidance_scale": 2. if "guidance" in key else 1.,
+                      "fd": fd, "of the panel": 1., **METRICS} for key, fd in distances.items()}
+        weights = tmp_path / "weights" / "glyphs" / "denoiser.safetensors"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_bytes(b"weights")
+        report.results_path("base", weights, "glyphs").write_text(json.dumps(rows))
+        return tmp_path / "weights"
     monkeypatch.setattr(report, "RESULTS_DIR", tmp_path)
     return write
 
 
-def test_the_best_number_of_steps_is_that_of_the_lowest_distance_without_guidance(stored):
-    stored({"10 steps (2000 images)": 3., "25 steps (2000 images)": 1.5, "50 steps (2000 images)": 1.7,
-            "50 steps, guidance_scale 2 (2000 images)": .1, "4 steps (200 images)": .2})
-    label, metrics, source = report.best_base_row(run_config(), 2000)
-    assert (label, metrics["fd"], source) == ("before, 25 steps", 1.5, "results/runs/base-glyphs.json")
+def test_what_was_recorded_is_known_by_label_and_guidance(stored):
+    weights = stored({"10 steps (2000 images)": 3., "50 steps (2000 images)": 1.7,
+                      "50 steps, guidance_scale 2 (2000 images)": .1, "4 steps (200 images)": .2})
+    recorded = report.recorded_metrics(run_config(), weights, Measured())
+    assert {key: metrics["fd"] for key, metrics in recorded.items()} == {
+        ("before, 10 steps", 1.): 3., ("before, 50 steps", 1.): 1.7, ("before, 50 steps", 2.): .1}
+    assert list(recorded["before, 10 steps", 1.]) == ["steps", "guidance_scale", "fd", "accuracy",
+                                                      "precision", "recall", "fd_excess"]
 
 
 @pytest.mark.parametrize("config,num_images", [
-    (run_config(pretrained="runs/x"), 2000), (run_config(data="fashion"), 2000),
-    (run_config(data="/images/glyphs"), 2000), (run_config(), 500), (run_config(), 200)])
-def test_a_base_that_was_not_measured_like_the_run_has_no_row(stored, config, num_images):
+    (run_config(pretrained="runs/x"), 2000), (run_config(data="/images/glyphs"), 2000), (run_config(), 500),
+    (run_config(), 200)])
+def test_a_base_that_was_not_measured_like_the_run_is_measured(stored, config, num_images):
     """Other weights, other data, another number of images."""
-    stored({"25 steps (2000 images)": 1.5, "25 steps (1500 images)": 1.5})
-    assert report.best_base_row(config, num_images) is None
+    weights = stored({"25 steps (2000 images)": 1.5, "25 steps (1500 images)": 1.5})
+    assert report.recorded_metrics(config, weights, Measured(num_images)) == {}
+    assert report.recorded_metrics(config, weights, None) == {}
 
 
-def test_the_report_shows_the_row_and_its_source_and_keeps_it_out_of_the_result(stored, tmp_path, capsys):
-    stored({"25 steps (2000 images)": 1.5})
-    (tmp_path / "config.json").write_text(json.dumps(run_config()))
-    report.save_report(tmp_path, ROWS, [], [], 2000)
+def test_other_weights_under_the_same_name_are_measured(stored):
+    weights = stored({"25 steps (2000 images)": 1.5})
+    assert report.recorded_metrics(run_config(), weights, Measured())
+    (weights / "glyphs" / "denoiser.safetensors").write_bytes(b"trained on")
+    assert report.recorded_metrics(run_config(), weights, Measured()) == {}
+
+
+def test_the_report_shows_the_best_row_and_keeps_it_out_of_the_result(stored, tmp_path, capsys):
+    weights = stored({"1 step (2000 images)": 9., "25 steps (2000 images)": 1.5,
+                      "50 steps (2000 images)": 1.7, "25 steps, guidance_scale 2 (2000 images)": .1})
+    recorded = report.recorded_metrics(run_config(), weights, Measured())
+    report.save_report(tmp_path, ROWS, [], [], Measured(), recorded)
     table = (tmp_path / "table.md").read_text()
     lines = table.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == [
         "before, 10 steps", "before, 25 steps", "after, 10 steps", "real images"]
     assert lines[0].count("|") == 7                          # the labels and five columns
     assert lines[-1].startswith("2,000 images in each row; ")
-    assert lines[-1].endswith(" Before, 25 steps: the best number of steps, from "
-                              "results/runs/base-glyphs.json.")
+    assert lines[-1].endswith(" Rows before training: from results/runs/; 25 steps is the best number.")
     printed = capsys.readouterr().out
     assert table in printed
     assert "after training are closer to real images than in 10 steps before" in printed
     assert list(json.loads((tmp_path / "result.json").read_text())) == [label for label, _ in ROWS]
 
 
-def test_a_row_that_the_run_measured_itself_is_not_repeated(stored):
-    stored({"10 steps (2000 images)": 1.5})
-    table = report.table_with_best_base(ROWS, report.best_base_row(run_config(), 2000), 2000)
+def test_a_row_of_the_run_is_not_repeated(stored):
+    weights = stored({"10 steps (2000 images)": 1.5})
+    recorded = report.recorded_metrics(run_config(), weights, Measured())
+    table = report.table_with_recorded(ROWS, recorded, 2000)
     assert table.count("before, 10 steps") == 1
-    assert "base-glyphs.json" not in table
 
 
-@pytest.mark.parametrize("data", ["glyphs", "fashion"])
-def test_the_results_hold_a_best_row_for_both_data_sets(data):
-    label, metrics, source = report.best_base_row(run_config(data), 2000)
-    assert metrics["steps"] >= 10
-    assert metrics["fd_excess"] < 2.
-    assert (ROOT / source).is_file()
+@pytest.mark.parametrize("data,steps", [("glyphs", (1, 4, 10, 25, 50)), ("fashion", (1, 4, 10, 25, 50))])
+def test_the_results_hold_what_the_default_runs_compare_with(data, steps):
+    """So they do not measure the pretrained model: its weights, as they are now, were measured."""
+    recorded = report.recorded_metrics(run_config(data), WEIGHTS_DIR, Measured())
+    assert {(f"before, {n} steps" if n > 1 else "before, 1 step", 1.) for n in steps} <= recorded.keys()
+    assert recorded["before, 50 steps", 1.]["fd_excess"] < 2.
+
+
+def test_a_recorded_row_is_not_measured(base, monkeypatch):
+    """Its images are sampled for the grid, but not measured. With another guidance scale it is."""
+    measured = []
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda evaluator, model, num_steps, *_, **settings: (
+        measured.append((num_steps, settings["guidance_scale"])) or {"fd": 2.}))
+    models = [("before", base, 2, {"guidance_scale": 1.}), ("before", base, 1, {"guidance_scale": 1.}),
+              ("before", base, 2, {"guidance_scale": 3.})]
+    recorded = {("before, 2 steps", 1.): {"fd": 1.}}
+    rows, image_rows = evaluate.evaluate_models(models, ["a heart"], Measured(), recorded=recorded)
+    assert [metrics["fd"] for _, metrics in rows] == [1., 2., 2., 1.]
+    assert measured == [(1, 1.), (2, 3.)]
+    assert [images.shape for _, images in image_rows] == 3 * [(1, 3, 32, 32)]
 
 
 def test_the_summary_compares_equal_numbers_of_steps():

@@ -182,7 +182,7 @@ def test_weights_fit_their_budget_and_have_been_measured(dataset_name):
     assert sizes.keys() == {"denoiser", "backbone", "cnn", "eval_classifier"}
     assert sum(sizes.values()) <= 12e6 and max(results) <= 9e6
     for name in ("base", "adt", "add"):
-        path = make_figures.results_path(name, dataset_name)
+        path = make_figures.pretrained_results(name, dataset_name)
         assert path.is_file(), f"no {path.name}: python -m scripts.make_figures fd_vs_steps measures it"
         assert all(key.endswith("(2000 images)") for key in json.loads(path.read_text()))
 

@@ -110,6 +110,33 @@ def test_every_image_has_k_steps_of_its_own(toy):
         torch.testing.assert_close(together, torch.autograd.grad(alone.sum(), model.network.weight)[0])
 
 
+@pytest.mark.equation("ADT constraint")
+@pytest.mark.parametrize("name,guidance_scale", [("tiny", 1.), ("tiny", 3.), ("sd15", 1.), ("sd3", 3.)])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [0, 0, 2], [1, 3, 3]])
+def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, starts):
+    """The calls with a graph are made afterwards, in one batch: the network is called once more than without
+    gradients, with as many images as there are graphs. Each image's own gradient is compared."""
+    model = Toy() if name == "tiny" else Toy(*family_schedule(name))
+    starts, x = torch.tensor(starts), randn(3, 2, 4, 4)
+    timesteps, cond = sampler.make_timesteps(1000, 5), model.encode_prompts(["a", "bc", "d"])
+    path = model, x, timesteps, cond, model.encode_prompts([""]), guidance_scale
+    keeps_graph = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 1]]).bool()
+    keeps_graph &= torch.arange(5)[:, None] >= starts
+    one_pass = sampler.rollout(*path, keeps_graph, checkpointing=False, starts=starts)
+    model.calls.clear()
+    two_passes = sampler.rollout_in_two_passes(*path, grad_steps=keeps_graph, starts=starts)
+    torch.testing.assert_close(two_passes, one_pass, rtol=0, atol=1e-12)
+    num_graphs = int(keeps_graph.sum()) * (1 if guidance_scale == 1 else 2)
+    assert [len(x) for x, _, has_graph in model.calls if has_graph] == [num_graphs]
+    assert len(model.calls) == 5 - int(starts[0]) + 1
+    for a, b in zip(one_pass, two_passes):
+        grads = (torch.autograd.grad(y.square().sum(), model.network.parameters(), retain_graph=True)
+                 for y in (a, b))
+        for grad_a, grad_b in zip(*grads):
+            assert grad_a.norm() > 0
+            torch.testing.assert_close(grad_b, grad_a, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("selection", ["strided", "last", "random", "all"])
 def test_steps_of_a_batch_are_k_of_the_steps_that_each_image_takes(selection):
     generator = torch.Generator().manual_seed(0)

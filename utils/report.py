@@ -1,9 +1,9 @@
 """What a run shows: log, grids of samples and curves while it trains, table and summary at the end."""
 
 import gc
+import hashlib
 import json
 import math
-import re
 import time
 from pathlib import Path
 
@@ -97,13 +97,16 @@ def check_tracker(name):
         raise ValueError(f"--report-to {name}: the package is not installed: pip install {name}")
 
 
-def save_report(run_dir, rows, image_rows, captions, num_images):
-    """before_after.png and, if anything was measured, result.json, table.md, and the table on the screen.
-    rows, image_rows: of evaluate.evaluate_models; num_images: measured in each row."""
+def save_report(run_dir, rows, image_rows, captions, evaluator, recorded):
+    """before_after.png and, if anything was measured, result.json, table.md, and the table on the screen. In
+    process 0; the others do nothing. rows, image_rows: of evaluate.evaluate_models; evaluator: what measured
+    the rows, or None; recorded: of recorded_metrics."""
+    if distributed.get_rank() > 0:
+        return
     plotting.save_image_grid(image_rows, run_dir / "before_after.png", captions)
     if rows:
-        best = best_base_row(checkpoint.load_run_config(run_dir / "config.json"), num_images)
-        table = table_with_best_base(rows, best, num_images)
+        num_images = len(evaluator.captions)
+        table = table_with_recorded(rows, recorded, num_images)
         atomic_write_text(run_dir / "result.json", json.dumps(dict(rows), indent=1))
         atomic_write_text(run_dir / "table.md", table + "\n")
         print(f"\n{table}\n\n{summary_sentence(rows, num_images)}")
@@ -117,28 +120,42 @@ ENOUGH_IMAGES = 1000                   # for Fréchet distances that tell small 
 RESULTS_DIR = Path(__file__).parent.parent / "results" / "runs"
 
 
-def best_base_row(run_config, num_images):
-    """The pretrained model at its best number of steps -> (label, metrics, source), or None. It is not
-    measured: as many images as in the run's table were, with the same seed, when results/ was made."""
-    path = RESULTS_DIR / f"base-{run_config['data']}.json"
-    if run_config["pretrained"] or run_config["data"] not in ("glyphs", "fashion") or not path.is_file():
-        return None
-    stored = json.loads(path.read_text())
-    rows = [stored[key] for key in stored if re.fullmatch(rf"\d+ steps? \({num_images} images\)", key)]
-    if not rows:
-        return None
-    best = min(rows, key=lambda metrics: metrics["fd"])
-    return f"before, {plotting.format_steps(best['steps'])}", best, f"results/runs/{path.name}"
+def results_path(name, weights, dataset_name):
+    """The file in results/runs/ with the metrics of a model in weights/. The name contains a hash of the file
+    of weights, so that other weights are measured anew."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    return RESULTS_DIR / f"{name}-{digest}-{dataset_name}.json"
 
 
-def table_with_best_base(rows, best, num_images):
-    """The table of a run; `best`, of best_base_row, stands below the other rows of the initial model."""
-    if best is None or best[0] in dict(rows):
+def recorded_metrics(run_config, weights_dir, evaluator):
+    """Metrics of the model weights_dir/DATA/denoiser.safetensors that results/runs/ holds -> {(label in a
+    run's table, guidance scale): metrics}. They were measured with the real images, captions and noise that a
+    run takes, which need not measure them again. {} for other weights, data or numbers of images."""
+    if run_config["pretrained"] or run_config["data"] not in ("glyphs", "fashion") or not evaluator:
+        return {}
+    weights = weights_dir / run_config["data"] / "denoiser.safetensors"
+    path = results_path("base", weights, run_config["data"])
+    if not path.is_file():
+        return {}
+    names = ["steps", "guidance_scale", *evaluator.real_metrics, "fd_excess"]
+    of_as_many_images = [metrics for key, metrics in json.loads(path.read_text()).items()
+                         if key.endswith(f"({len(evaluator.captions)} images)")]
+    return {(f"before, {plotting.format_steps(metrics['steps'])}", metrics["guidance_scale"]):
+            {name: metrics[name] for name in names} for metrics in of_as_many_images}
+
+
+def table_with_recorded(rows, recorded, num_images):
+    """The table of a run. The initial model in its best number of steps, from recorded_metrics, stands below
+    its other rows."""
+    if not recorded:
         return plotting.metrics_table(rows, num_images=num_images)
-    label, metrics, source = best
-    i = sum(label.startswith("before") for label, _ in rows)
-    table = plotting.metrics_table([*rows[:i], (label, metrics), *rows[i:]], num_images=num_images)
-    return f"{table} {label.capitalize()}: the best number of steps, from {source}."
+    without_guidance = {label: metrics for (label, scale), metrics in recorded.items() if scale == 1}
+    best = min(without_guidance, key=lambda label: without_guidance[label]["fd"])
+    rows_before = dict(row for row in rows if row[0].startswith("before"))
+    rows = [*({best: without_guidance[best]} | rows_before).items(), *rows[len(rows_before):]]
+    rows.sort(key=lambda row: row[1]["steps"] if row[0].startswith("before") else math.inf)
+    table = plotting.metrics_table(rows, num_images=num_images)
+    return f"{table} Rows before training: from results/runs/; {best.split(', ')[1]} is the best number."
 
 
 def summary_sentence(rows, num_images):
