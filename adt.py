@@ -3,13 +3,14 @@
 A diffusion model is trained on noised real images, but at inference it denoises its own outputs. ADT runs the
 real inference path in training: noise a real image to a timestep of the path, run the sampler from there to
 x0_hat, and let a discriminator compare x0_hat with the real image x0. The diffusion loss is kept. Gradients
-flow through K steps of the path and never through the network's inputs (sampler.rollout).
+flow through K steps of the path and never through the network's inputs (sampler.py).
 
     L_G = L_diffusion - lambda_adv D(x0, x0_hat)
     L_D = relu(1 - D(sg[x0_hat], x0)) + relu(1 + D(x0, sg[x0_hat]))
 
-This is for D(x, y) = -D(y, x), which decides which of two images is the real one. For other discriminators
-the first term is relu(1 - D(x0, x0')), where x0' is the real image with other colours.
+This is for D(x, y) = -D(y, x), which decides which of two images is the real one: D(x, y) > 0 says that y
+is. For other discriminators the first term is relu(1 - D(x0, x0')), where x0' is the real image with other
+colours.
 
 The defaults are the method as published, as far as it is known; RECIPES["tuned"] has what worked better here.
 The same names as in add.py: Config, RECIPES, generator_loss, discriminator_loss. Read next: train.py
@@ -48,8 +49,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
                                    "secondary: which K steps"] = "strided"
     guidance_scale: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     input_grad_scale: Annotated[float, "secondary: gradient through the network's input, 0 = none"] = 0.0
-    checkpoint_rollout: Annotated[bool, "ours: recompute all calls of the network in the backward pass; no "
-                                  "effect with --gradient-checkpointing"] = False
+    checkpoint_rollout: Annotated[bool, "ours: save memory: call the network step by step, and recompute "
+                                  "each call in the backward pass"] = False
     real_images: Annotated[Literal["original", "vae_reconstruction"],
                            "ours: what D takes as real, x0 or decode(encode(x0))"] = "original"
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0

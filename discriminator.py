@@ -167,8 +167,8 @@ class SiameseDiscriminator(nn.Module):
       ordered      (<g(x) + W c, h(y)> - <g(y) + W c, h(x)>) / sqrt(channels)
       difference   linear(|h(x) - h(y)|)                                     the classic siamese network
     A D that tests whether two images are equal is maximised by reproducing x0. The generator does not know
-    x0, and its best answer is the mean of all possible x0, a blurred image. The ordered kind is
-    antisymmetric, D(x, y) = -D(y, x): it decides which of two images is the real one."""
+    x0, and its best answer is near a mean of all possible x0, a blurred image. The ordered kind is
+    antisymmetric, D(x, y) = -D(y, x): it decides which of two images is the real one, y if D(x, y) > 0."""
 
     def __init__(self, backbone, kind, cond_dim=0, channels=64):
         super().__init__()

@@ -98,8 +98,8 @@ class Denoiser(nn.Module):
 
     def to_x0_eps(self, x_t, y, t):
         """(x_t, y) -> (x0, eps): the 2x2 system solved by Cramer's rule, in x_t's precision, not in y's.
-        The determinant is alpha (eps), -sigma (x0), 1 (v) or alpha + sigma (flow), so alpha_T = 0 is no
-        division by zero for v and flow."""
+        The determinant is alpha (eps), -sigma (x0), alpha^2 + sigma^2 (v) or alpha + sigma (flow), so
+        alpha_T = 0 is no division by zero for v and flow."""
         y = y.to(x_t.dtype)
         alpha, sigma = self.alpha_sigma(t)
         a, b = self.target_coefficients(t)
@@ -110,8 +110,8 @@ class Denoiser(nn.Module):
 
     def amplification(self, t, t_next=None, stochasticity=0.0):
         """|d x_next / d y|, the factor of an error of the network's output in the state at t_next, or in x0
-        if t_next is None. At most 1, except for eps-models: sigma / alpha in x0, 14.6 at the last timestep of
-        Stable Diffusion, but .13 in the next state of a path of 50 steps. t, t_next: (B,) -> (B,)"""
+        if t_next is None. About 1 or less, except for eps-models: sigma / alpha in x0, 14.6 at the last
+        timestep of Stable Diffusion, but .13 in the next state of a 50-step path. t, t_next (B,) -> (B,)"""
         alpha, sigma = self.alpha_sigma(t)
         a, b = self.target_coefficients(t)
         alpha_next, sigma_next = torch.ones_like(alpha), torch.zeros_like(sigma)

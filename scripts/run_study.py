@@ -143,6 +143,7 @@ STUDIES = {
     "add": Study([
         Experiment("ADD", method="add", recipe="paper"),
         Experiment("ADD, tuned", method="add"),
+        Experiment("ADD, 2,000 training steps", method="add", steps=2000, recipe="paper"),
         Experiment("ADD, tuned, 2,000 training steps", method="add", steps=2000)],
         base_configs=[*((n, {}) for n in (1, 2, 4, 8, 25, 50)), (25, {"guidance_scale": 2.})], seeds=3),
     "add-ladder": Study([

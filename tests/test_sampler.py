@@ -126,6 +126,12 @@ def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, 
     model.calls.clear()
     two_passes = sampler.rollout_in_two_passes(*path, grad_steps=keeps_graph, starts=starts)
     torch.testing.assert_close(two_passes, one_pass, rtol=0, atol=1e-12)
+    with torch.no_grad():                                    # warm-up of the discriminator: the path alone
+        num_calls = len(model.calls)
+        assert torch.equal(sampler.rollout_in_two_passes(*path, grad_steps=keeps_graph, starts=starts),
+                           two_passes)
+        assert len(model.calls) == num_calls + 5 - int(starts[0])
+        del model.calls[num_calls:]
     num_graphs = int(keeps_graph.sum()) * (1 if guidance_scale == 1 else 2)
     assert [len(x) for x, _, has_graph in model.calls if has_graph] == [num_graphs]
     assert len(model.calls) == 5 - int(starts[0]) + 1
