@@ -81,7 +81,7 @@ def test_the_report_shows_the_best_row_and_keeps_it_out_of_the_result(stored, tm
         "before, 10 steps", "before, 25 steps", "after, 10 steps", "real images"]
     assert lines[0].count("|") == 7                          # the labels and five columns
     assert lines[-1].startswith("2,000 images in each row; ")
-    assert lines[-1].endswith(" Rows before training: from results/runs/; 25 steps is the best number.")
+    assert lines[-1].endswith(" Rows before training: from results/runs/; fd is lowest in 25 steps.")
     printed = capsys.readouterr().out
     assert table in printed
     assert "after training are closer to real images than in 10 steps before" in printed

@@ -155,7 +155,7 @@ def table_with_recorded(rows, recorded, num_images):
     rows = [*({best: without_guidance[best]} | rows_before).items(), *rows[len(rows_before):]]
     rows.sort(key=lambda row: row[1]["steps"] if row[0].startswith("before") else math.inf)
     table = plotting.metrics_table(rows, num_images=num_images)
-    return f"{table} Rows before training: from results/runs/; {best.split(', ')[1]} is the best number."
+    return f"{table} Rows before training: from results/runs/; fd is lowest in {best.split(', ')[1]}."
 
 
 def summary_sentence(rows, num_images):
