@@ -120,8 +120,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
 
 
 # The default is "paper": the settings above. "tuned": the hinge is taken of D(real) - D(fake); half of the
-# batch starts at pure noise, as sampling does, and half of the rest from the student's own samples; the
-# backbone's features are whitened. Gains: docs/results.md.
+# batch starts at pure noise, as sampling does, and half of the rest from the student's own samples (backward
+# simulation); the backbone's features are whitened. Gains: docs/results.md.
 RECIPES = {"paper": {}, "tuned": {
     "relativistic": True, "pure_noise_prob": .5, "backward_simulation_prob": .5, "whiten_features": True}}
 

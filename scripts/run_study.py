@@ -9,6 +9,7 @@
     python -m scripts.run_study add --data fashion     the teacher, ADD, its tuned recipe
     python -m scripts.run_study add-ladder             from ADD as published to the tuned recipe
     python -m scripts.run_study add-table1             Table 1 of the ADD paper on small images; 1 seed
+    python -m scripts.run_study pace                   seconds of a step of every recipe in runs/
 
 Every run has a folder in OUTPUT_DIR/runs/ and a JSON file beside it with its metrics. What is measured is
 not repeated and what was interrupted continues, so a study may be stopped at any time. --output-dir results
@@ -22,9 +23,11 @@ import shlex
 import signal
 import statistics
 import sys
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":    # the imports take seconds: Ctrl-C ends them without a traceback, too
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -37,7 +40,7 @@ from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
 from utils.failures import clear_exit, signal_number, start_program
-from utils.plotting import aggregate_seeds, format_steps, metrics_table
+from utils.plotting import aggregate_seeds, format_steps, markdown_table, metrics_table
 from utils.report import results_path
 
 
@@ -65,6 +68,7 @@ class Study:
     base_data: str | None = None                                       # the base is trained on this, first
 
 
+PACE_ROUNDS = 15
 REAL_SEED, NOISE_SEED = 1234, 0                         # those of evaluate.py; scripts/panel.py uses others
 
 TEN_STEPS = [(10, {})]
@@ -95,7 +99,7 @@ TABLE_1 = [Experiment(label, overrides, "add", None, paper_value, "paper")
     ("λ = 50: pseudo-Huber", [HIGH_LAMBDA, "distill_loss=huber"], "L2 is best")]]
 
 FIVE_STEPS, WHITEN = "num_inference_steps=5", "whiten_features=true"
-OWN_SAMPLES = ["pure_noise_prob=.5", "backward_simulation_prob=.5"]
+BACKWARD_SIMULATION = ["pure_noise_prob=.5", "backward_simulation_prob=.5"]
 
 STUDIES = {
     "adt": Study([
@@ -149,9 +153,10 @@ STUDIES = {
     "add-ladder": Study([
         Experiment("ADD", method="add", recipe="paper"),
         Experiment("ADD, 1,200 training steps", method="add", steps=1200, recipe="paper"),
-        Experiment("+ own samples", OWN_SAMPLES, "add", recipe="paper"),
-        Experiment("+ own samples, whitened features", [*OWN_SAMPLES, WHITEN], "add", recipe="paper"),
-        Experiment("+ own samples, whitened features, relativistic = tuned", method="add")],
+        Experiment("+ backward simulation", BACKWARD_SIMULATION, "add", recipe="paper"),
+        Experiment("+ backward simulation, whitened features", [*BACKWARD_SIMULATION, WHITEN], "add",
+                   recipe="paper"),
+        Experiment("+ backward simulation, whitened features, relativistic = tuned", method="add")],
         base_configs=[(1, {}), (25, {})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }
@@ -269,7 +274,7 @@ def collect_results(args, study, dataset, evaluator):
             load_fn = None
         for label, metrics in cached_metrics(runs_dir / f"{name}.json", evaluator, configs, load_fn):
             run_rows.append((experiment, label, metrics, name))
-    minutes_per_step = fastest_minutes_per_step(runs_dir)
+    minutes_per_step = fastest_minutes_per_step(runs_dir) | read_pace(runs_dir, file_name)
     for experiment, label, metrics, name in run_rows:
         recipe, steps = split_run_name(name)
         minutes = minutes_per_step[recipe] * steps
@@ -299,6 +304,37 @@ def fastest_minutes_per_step(runs_dir):
     return fastest
 
 
+def measure_pace(runs_dir, data_name, rounds=PACE_ROUNDS):
+    """Seconds of a training step of every recipe that has been trained on this data, taken in turns by one
+    process -> {recipe: seconds}, also written to runs_dir/pace-DATA.json. Runs of different days and machines
+    get comparable times so."""
+    file_name, trainers, seconds = data_name.replace(":", "-"), {}, {}
+    with TemporaryDirectory() as folder:
+        for experiment in [row for study in STUDIES.values() for row in study.rows]:
+            recipe = split_run_name(run_name(experiment, file_name, 1, 0))[0]
+            if recipe in trainers or not any(runs_dir.glob(f"{recipe}-*steps-seed*.json")):
+                continue
+            cli_args = ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
+                        "--steps", "1000", "--eval-samples", "0", "--output-dir", str(Path(folder, recipe))]
+            for override in [*experiment.overrides, "warmup_steps_d=0"]:
+                cli_args += ["--set", override]
+            trainers[recipe] = train.setup(train.parse_args(cli_args)[1])[2]
+        for _ in range(rounds):
+            for recipe, trainer in trainers.items():
+                start_time = time.perf_counter()
+                trainer.train_step()
+                seconds.setdefault(recipe, []).append(time.perf_counter() - start_time)
+    pace = {recipe: round_metric(statistics.median(times)) for recipe, times in seconds.items()}
+    checkpoint.atomic_write_text(runs_dir / f"pace-{file_name}.json", json.dumps(pace, indent=1) + "\n")
+    return pace
+
+
+def read_pace(runs_dir, file_name):
+    """What measure_pace has written -> {recipe: minutes of a step}; {} if it has not."""
+    path = runs_dir / f"pace-{file_name}.json"
+    return {recipe: s / 60 for recipe, s in read_metrics(path).items()} if path.is_file() else {}
+
+
 def round_metric(value):
     """Five digits, which do not depend on the number of threads."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
@@ -310,7 +346,7 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(prog="python -m scripts.run_study", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("study", choices=[*STUDIES, "pace"])
     parser.add_argument("--data", default="glyphs", help="glyphs, fashion, or a folder of captioned images")
     parser.add_argument("--seeds", type=int, help="runs per row (default: the study's, 1 or 3)")
     parser.add_argument("--steps", type=int, help="length of every run (default: each row's own)")
@@ -338,6 +374,10 @@ def main(argv=None):
     command = shlex.join(["python", "-m", "scripts.run_study", *(sys.argv[1:] if argv is None else argv)])
     with clear_exit(parser, "run_study.py"):
         check_args(args, output_dir)
+        if args.study == "pace":
+            pace = measure_pace(output_dir / "runs", args.data)
+            print(markdown_table(["recipe", "s / step"], pace.items()))
+            return
         study = STUDIES[args.study]
         dataset = data.build_dataset(study.data or args.data)
         for path in (output_dir / "runs").glob("*.json"):

@@ -63,6 +63,13 @@ def test_the_operations_of_a_step_are_those_of_its_calls(base):
     assert .97 * 3 * network_flops < flops - text_flops < 3 * network_flops
 
 
+def test_the_operations_of_r1_are_counted():
+    """It differentiates the heads inside the forward pass (autograd.grad)."""
+    with_r1, without = (benchmark.count_flops(make_trainer("--method", "add", "--set", f"r1_gamma={gamma}"))
+                        for gamma in (1e-5, 0))
+    assert 0 < without < with_r1
+
+
 @pytest.mark.thorough
 def test_a_team_takes_the_steps_of_a_run_together(tmp_path):
     """Two processes share a batch of two; what they report is summed."""

@@ -56,6 +56,14 @@ def test_a_study_trains_each_row_once_and_shows_the_value_of_the_paper(tmp_path,
     monkeypatch.setattr(train, "main", lambda args: pytest.fail(f"trained again: {args}"))
     run_study.main([*args, "--seeds", "3", "--no-train"])              # there are no runs of the third seed
     assert (tmp_path / "add-glyphs.md").read_text() == table
+    run_study.main(["pace", "--output-dir", str(tmp_path)])            # from here on, minutes follow from it
+    pace = json.loads((tmp_path / "runs" / "pace-glyphs.json").read_text())
+    assert pace.keys() == {"add-tuned-glyphs", "add-tuned-glyphs-init=random"}
+    run_study.main([*args, "--no-train"])
+    rows = dict(json.loads((tmp_path / "study-add-glyphs.json").read_text()))
+    assert rows["random init, 1 step"]["minutes"] == run_study.round_metric(
+        2 * pace["add-tuned-glyphs-init=random"] / 60)
+    (tmp_path / "runs" / "pace-glyphs.json").unlink()
     for run_dir in runs:
         shutil.rmtree(run_dir)
     run_study.main(args)                         # metrics outlive the folders of the runs
