@@ -206,13 +206,14 @@ def step_overhead(args):
     The small Stable Diffusion models have random weights; a call of theirs takes
     milliseconds, and their paths have ten steps here, from noise."""
     rows = []
-    path = ["--set", "num_inference_steps=10", "--set", "rollout_start=noise"]
+    short = {"diffusion": [], "adt": ["--set", "num_inference_steps=10", "--set", "rollout_start=noise"],
+             "add": ["--set", "gradient_accumulation_steps=1"]}
     with TemporaryDirectory() as folder, patch.dict(os.environ, XDG_CACHE_HOME=folder):
         models = [("tiny", []), *tiny_pipelines(Path(folder))]
         for name, cli_args in models:
             cells = []
             for method in ("diffusion", "adt", "add"):
-                trainer = make_trainer(method, *cli_args, *(path if method == "adt" else []))
+                trainer = make_trainer(method, *cli_args, *short[method])
                 trainer.train_step()
                 step, calls = step_and_calls(trainer, args.rounds)
                 cells.append(f"{step:.3f} / {calls:.3f} = {step / calls:.2f}")
