@@ -41,7 +41,7 @@ from models.loading import load_model
 from models.stable_diffusion import schedule_from_diffusers
 from scripts import make_figures
 from scripts.memory_of_large_models import AllocationTracker
-from scripts.network_calls import CallRecorder, time_call
+from scripts.network_calls import CallRecorder, time_call, time_interleaved
 from utils import checkpoint, distributed, launch, training_state
 from utils.failures import clear_exit, start_program
 from utils.plotting import markdown_table, save_images
@@ -52,18 +52,6 @@ GEMM_SIZE = 2048                       # of the square matrices whose product gi
 EVAL_BATCHES = 20                      # of 100 images, in each row of the final table
 LONG_WINDOW = 100                      # steps of the long run whose median is shown
 SHORT_STEPS = ["--set", "batch_size=1", "--set", "num_inference_steps=1"]
-
-
-def time_interleaved(jobs, rounds):
-    """{name: function} -> {name: median seconds}. Each round calls every function once; the first round does
-    not count."""
-    seconds = {name: [] for name in jobs}
-    for _ in range(rounds + 1):
-        for name, job in jobs.items():
-            start_time = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - start_time)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def make_trainer(method, *cli_args):

@@ -35,7 +35,7 @@ from scripts.panel import PanelEvaluator
 from scripts.run_study import REAL_SEED, cached_metrics
 from utils.failures import clear_exit, start_program
 from utils.plotting import aggregate_seeds, format_steps, image_grid, metrics_table
-from utils.report import results_path
+from utils.report import results_name
 
 ROOT = Path(__file__).parent.parent
 FIGURES_DIR, RESULTS_DIR = ROOT / "docs" / "figures", ROOT / "results"
@@ -103,8 +103,8 @@ def set_log_ticks(axis, ticks):
 
 def pretrained_results(name, dataset_name):
     """The file in results/runs/ with the metrics of a model in weights/."""
-    return results_path(name if name == "base" else f"pretrained-{name}",
-                        weights_path(PRETRAINED[name], dataset_name), dataset_name)
+    return RESULTS_DIR / "runs" / results_name(name if name == "base" else f"pretrained-{name}",
+                                               weights_path(PRETRAINED[name], dataset_name), dataset_name)
 
 
 def pretrained_metrics(name, dataset_name, evaluator, steps):

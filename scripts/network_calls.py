@@ -1,7 +1,9 @@
-"""The network calls of a training step, each of which can be repeated and timed alone.
+"""The network calls of a training step, each of which can be repeated and timed, alone or in turns.
 
 Read next: scripts/benchmark.py"""
 
+import statistics
+import time
 from collections import Counter
 from contextlib import ExitStack
 from unittest.mock import patch
@@ -102,3 +104,15 @@ def time_call(trainer, call, has_graph):
             trainer.opt_d.zero_grad()
             sum(x.float().square().mean() for x in outputs).backward()
     return job
+
+
+def time_interleaved(jobs, rounds):
+    """{name: function} -> {name: median seconds}. Each round calls every function once; the first round does
+    not count."""
+    seconds = {name: [] for name in jobs}
+    for _ in range(rounds + 1):
+        for name, job in jobs.items():
+            start_time = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - start_time)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}

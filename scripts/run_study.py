@@ -23,7 +23,6 @@ import shlex
 import signal
 import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,12 +35,13 @@ import data
 import train
 from models.loading import load_model, weights_path
 from scripts import pretrain
+from scripts.network_calls import time_interleaved
 from scripts.panel import PanelEvaluator
 from utils import checkpoint
 from utils import config as train_config
 from utils.failures import clear_exit, signal_number, start_program
 from utils.plotting import aggregate_seeds, format_steps, markdown_table, metrics_table
-from utils.report import results_path
+from utils.report import results_name
 
 
 @dataclass
@@ -176,6 +176,15 @@ def train_base(study, base_dir):
     return base_dir
 
 
+def recipe_arguments(experiment, data_name, run_dir):
+    """What tells train.py the recipe, the data and the folder of a run."""
+    cli_args = ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
+                "--output-dir", str(run_dir)]
+    for override in experiment.overrides:
+        cli_args += ["--set", override]
+    return cli_args
+
+
 def train_or_load(experiment, data_name, seed, steps, run_dir, base_dir=None):
     """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time}. base_dir: of a
     base that is not in weights/."""
@@ -185,12 +194,10 @@ def train_or_load(experiment, data_name, seed, steps, run_dir, base_dir=None):
         if (run_dir / "checkpoint.pt").is_file():
             cli_args += ["--resume", str(run_dir)]
         else:
-            cli_args += ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
-                         "--seed", str(seed), "--output-dir", str(run_dir), "--overwrite"]
+            cli_args += [*recipe_arguments(experiment, data_name, run_dir), "--seed", str(seed),
+                         "--overwrite"]
             if base_dir:
                 cli_args += ["--pretrained", str(base_dir)]
-            for override in experiment.overrides:
-                cli_args += ["--set", override]
         train.main(cli_args)
     log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     times = [row["seconds"] for row in log]
@@ -234,11 +241,15 @@ def cached_metrics(path, evaluator, configs, load_fn):
         yield label, cached[key]
 
 
+def recipe_name(experiment, dataset_name):
+    """What the names of all runs of an experiment begin with."""
+    recipe = ["tuned"] if experiment.recipe == "tuned" else []
+    return "-".join([experiment.method, *recipe, dataset_name, *experiment.overrides])
+
+
 def run_name(experiment, dataset_name, steps, seed):
     """Name of a run's folder and of its file of metrics."""
-    recipe = ["tuned"] if experiment.recipe == "tuned" else []
-    return "-".join([experiment.method, *recipe, dataset_name, *experiment.overrides, f"{steps}steps",
-                     f"seed{seed}"])
+    return f"{recipe_name(experiment, dataset_name)}-{steps}steps-seed{seed}"
 
 
 def own_configs(experiment):
@@ -261,7 +272,7 @@ def collect_results(args, study, dataset, evaluator):
             train_base(study, base_dir)
     base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name, base_dir), {})
     base_weights = weights_path("denoiser", dataset.name, base_dir)
-    base_results = runs_dir / results_path("base", base_weights, file_name).name
+    base_results = runs_dir / results_name("base", base_weights, file_name)
     rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
             cached_metrics(base_results, evaluator, study.base_configs, base_load_fn)]
     run_rows = []
@@ -288,7 +299,7 @@ def collect_results(args, study, dataset, evaluator):
 
 
 def split_run_name(name):
-    """run_name -> its recipe, which is all before the length and the seed, and its number of steps."""
+    """run_name -> its recipe_name and its number of steps."""
     recipe, steps = re.fullmatch(r"(.*)-(\d+)steps-seed\d+", name).groups()
     return recipe, int(steps)
 
@@ -308,23 +319,17 @@ def measure_pace(runs_dir, data_name, rounds=PACE_ROUNDS):
     """Seconds of a training step of every recipe that has been trained on this data, taken in turns by one
     process -> {recipe: seconds}, also written to runs_dir/pace-DATA.json. Runs of different days and machines
     get comparable times so."""
-    file_name, trainers, seconds = data_name.replace(":", "-"), {}, {}
+    file_name, steps = data.build_dataset(data_name).name.replace(":", "-"), {}
     with TemporaryDirectory() as folder:
         for experiment in [row for study in STUDIES.values() for row in study.rows]:
-            recipe = split_run_name(run_name(experiment, file_name, 1, 0))[0]
-            if recipe in trainers or not any(runs_dir.glob(f"{recipe}-*steps-seed*.json")):
+            recipe = recipe_name(experiment, file_name)
+            if recipe in steps or not any(runs_dir.glob(f"{recipe}-*steps-seed*.json")):
                 continue
-            cli_args = ["--method", experiment.method, "--recipe", experiment.recipe, "--data", data_name,
-                        "--steps", "1000", "--eval-samples", "0", "--output-dir", str(Path(folder, recipe))]
-            for override in [*experiment.overrides, "warmup_steps_d=0"]:
-                cli_args += ["--set", override]
-            trainers[recipe] = train.setup(train.parse_args(cli_args)[1])[2]
-        for _ in range(rounds):
-            for recipe, trainer in trainers.items():
-                start_time = time.perf_counter()
-                trainer.train_step()
-                seconds.setdefault(recipe, []).append(time.perf_counter() - start_time)
-    pace = {recipe: round_metric(statistics.median(times)) for recipe, times in seconds.items()}
+            cli_args = [*recipe_arguments(experiment, data_name, Path(folder, recipe)), "--steps", "1000",
+                        "--eval-samples", "0", "--set", "warmup_steps_d=0"]
+            steps[recipe] = train.setup(train.parse_args(cli_args)[1])[2].train_step
+        seconds = time_interleaved(steps, rounds)
+    pace = {recipe: round_metric(median) for recipe, median in seconds.items()}
     checkpoint.atomic_write_text(runs_dir / f"pace-{file_name}.json", json.dumps(pace, indent=1) + "\n")
     return pace
 

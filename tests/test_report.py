@@ -37,7 +37,7 @@ def stored(monkeypatch, tmp_path):
         weights = tmp_path / "weights" / "glyphs" / "denoiser.safetensors"
         weights.parent.mkdir(parents=True, exist_ok=True)
         weights.write_bytes(b"weights")
-        report.results_path("base", weights, "glyphs").write_text(json.dumps(rows))
+        (tmp_path / report.results_name("base", weights, "glyphs")).write_text(json.dumps(rows))
         return tmp_path / "weights"
     monkeypatch.setattr(report, "RESULTS_DIR", tmp_path)
     return write

@@ -120,11 +120,11 @@ ENOUGH_IMAGES = 1000                   # for Fréchet distances that tell small 
 RESULTS_DIR = Path(__file__).parent.parent / "results" / "runs"
 
 
-def results_path(name, weights, dataset_name):
-    """The file in results/runs/ with the metrics of a model in weights/. The name contains a hash of the file
-    of weights, so that other weights are measured anew."""
+def results_name(name, weights, dataset_name):
+    """Name of the file with the metrics of a model in weights/. It contains a hash of the file of weights, so
+    that other weights are measured anew."""
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    return RESULTS_DIR / f"{name}-{digest}-{dataset_name}.json"
+    return f"{name}-{digest}-{dataset_name}.json"
 
 
 def recorded_metrics(run_config, weights_dir, evaluator):
@@ -134,7 +134,7 @@ def recorded_metrics(run_config, weights_dir, evaluator):
     if run_config["pretrained"] or run_config["data"] not in ("glyphs", "fashion") or not evaluator:
         return {}
     weights = weights_dir / run_config["data"] / "denoiser.safetensors"
-    path = results_path("base", weights, run_config["data"])
+    path = RESULTS_DIR / results_name("base", weights, run_config["data"])
     if not path.is_file():
         return {}
     names = ["steps", "guidance_scale", *evaluator.real_metrics, "fd_excess"]
@@ -145,15 +145,15 @@ def recorded_metrics(run_config, weights_dir, evaluator):
 
 
 def table_with_recorded(rows, recorded, num_images):
-    """The table of a run. The initial model in its best number of steps, from recorded_metrics, stands below
-    its other rows."""
+    """The table of a run, with a row for the initial model in its best number of steps, from
+    recorded_metrics."""
     if not recorded:
         return plotting.metrics_table(rows, num_images=num_images)
     without_guidance = {label: metrics for (label, scale), metrics in recorded.items() if scale == 1}
     best = min(without_guidance, key=lambda label: without_guidance[label]["fd"])
-    rows_before = dict(row for row in rows if row[0].startswith("before"))
-    rows = [*({best: without_guidance[best]} | rows_before).items(), *rows[len(rows_before):]]
-    rows.sort(key=lambda row: row[1]["steps"] if row[0].startswith("before") else math.inf)
+    if best not in dict(rows):
+        rows = [(best, without_guidance[best]), *rows]
+    rows = sorted(rows, key=lambda row: row[1]["steps"] if row[0].startswith("before") else math.inf)
     table = plotting.metrics_table(rows, num_images=num_images)
     return f"{table} Rows before training: from results/runs/; fd is lowest in {best.split(', ')[1]}."
 
