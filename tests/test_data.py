@@ -378,6 +378,18 @@ def test_images_for_a_gpu_are_in_pinned_memory(glyphs, monkeypatch):
     assert pinned == [(2, 3, 32, 32)] * 2
 
 
+def test_grey_images_can_be_pinned(monkeypatch):
+    """A tensor whose channels share their memory cannot: pinning copies into a tensor of the same strides."""
+    def pin(x):
+        return torch.empty_strided(x.shape, x.stride()).copy_(x)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    image = torch.rand(2, 1, 4, 4).expand(-1, 3, -1, -1)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pin(image)
+    batch = data.Batch(image, ["a", "b"], torch.zeros(2, 1), torch.zeros(2, 1))
+    assert torch.equal(batch.pin_memory().image, image)
+
+
 def test_a_broken_image_is_replaced_wherever_the_run_was_before(tmp_path):
     path = make_image_folder(tmp_path / "mine", n=120)
     (path / "7.png").write_bytes(b"no picture")

@@ -30,8 +30,10 @@ class Batch:
                      self.generator, moments)
 
     def pin_memory(self):
-        """The images in page-locked memory, from which a GPU copies them while the CPU goes on."""
-        image, moments = (None if x is None else x.pin_memory() for x in (self.image, self.moments))
+        """The images in page-locked memory, from which a GPU copies them while the CPU goes on. Grey images
+        are one channel shown three times (expand), which can only be pinned as a copy."""
+        image, moments = (None if x is None else x.contiguous().pin_memory()
+                          for x in (self.image, self.moments))
         return replace(self, image=image, moments=moments)
 
     def to(self, device, resolution=None):
