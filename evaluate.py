@@ -80,7 +80,8 @@ class Evaluator:
     def __init__(self, dataset, n=2000, seed=1234, split="test", weights_dir=None):
         check_num_samples(n, dataset.split_sizes, split)
         self.dataset = dataset
-        self.classifier = load_eval_classifier(dataset.name, weights_dir, dataset.fingerprint)
+        self.device = distributed.get_device()
+        self.classifier = load_eval_classifier(dataset.name, weights_dir, dataset.fingerprint).to(self.device)
         num_classes = [head[-1].out_features for head in self.classifier.attribute_heads]
         if num_classes != [len(classes) for classes in dataset.attributes.values()]:
             raise ValueError(f"the evaluation classifier of '{dataset.name}' was trained on other attributes")
@@ -97,11 +98,11 @@ class Evaluator:
 
     @torch.no_grad()
     def extract_features(self, images):
-        """(N, 3, H, W) -> features (N, 128), predicted class of each attribute (N, A)."""
-        outputs = [self.classifier(chunk) for chunk in images.split(250)]
+        """(N, 3, H, W) -> features (N, 128), predicted class of each attribute (N, A), on the CPU."""
+        outputs = [self.classifier(chunk.to(self.device)) for chunk in images.split(250)]
         features = torch.cat([chunk_features for chunk_features, _ in outputs])
         classes = [torch.stack([l.argmax(1) for l in logits], 1) for _, logits in outputs]
-        return features, torch.cat(classes)
+        return features.cpu(), torch.cat(classes).cpu()
 
     def compute_metrics(self, images):
         """Images made for self.captions, (N, 3, H, W) or an iterable of batches -> {metric: value}.

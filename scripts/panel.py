@@ -21,7 +21,7 @@ import data
 import evaluate
 from models.loading import MODEL_FAMILIES, load_efficientnet
 from models.named import load_named_models
-from utils import arguments, checkpoint, failures, plotting
+from utils import arguments, checkpoint, distributed, failures, plotting
 from utils.panel import Panel, caption_variance
 
 REAL_SEED, NOISE_SEED = 77, 5                           # evaluate.py uses 1234 and 0
@@ -71,8 +71,9 @@ class PanelEvaluator:
         train = None
         if has_unseen_images:
             train, _ = draw_real(dataset, NUM_TRAIN_IMAGES[sizes["train"] is None], "train", seed)
+        device = distributed.get_device()
         self.panel = Panel(self.evaluator.reference_batch.image, self.evaluator.eval_batch.image,
-                           load_efficientnet().extract_features, train)
+                           load_efficientnet().to(device).extract_features, train, device)
         self.repeated = RepeatedCaptions(dataset, seed)
         self.real_metrics = {**self.evaluator.real_metrics, **self.panel.real_metrics}
         if self.repeated.real_variance:
@@ -117,7 +118,7 @@ def measure_all(args):
     panel_evaluator = PanelEvaluator(dataset, args.eval_samples, loaded[0].weights_dir)
     rows = []
     for item, (num_steps, settings) in models:
-        item.model.requires_grad_(False)
+        item.model.requires_grad_(False).to(distributed.get_device())
         scores = panel_evaluator.measure(item.model, num_steps, args.seed, settings)
         scores = {name: scores[name] for name in panel_evaluator.real_metrics}
         rows.append((f"{item.group}, {plotting.format_steps(num_steps)}", scores))

@@ -37,7 +37,7 @@ from models.loading import load_model, weights_path
 from scripts import pretrain
 from scripts.network_calls import time_interleaved
 from scripts.panel import PanelEvaluator
-from utils import checkpoint
+from utils import checkpoint, distributed
 from utils import config as train_config
 from utils.failures import clear_exit, signal_number, start_program
 from utils.plotting import aggregate_seeds, format_steps, markdown_table, metrics_table
@@ -236,6 +236,7 @@ def cached_metrics(path, evaluator, configs, load_fn):
         if key not in cached:
             if model is None:
                 model, further_metrics = load_fn()
+                model.to(distributed.get_device())
             cached[key] = {**evaluator.measure(model, num_steps, NOISE_SEED, settings), **further_metrics}
             checkpoint.atomic_write_text(path, json.dumps(cached, indent=1) + "\n")
         yield label, cached[key]

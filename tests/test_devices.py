@@ -1,4 +1,6 @@
-"""Training steps and sampling on a pretended GPU: no tensor is forgotten on the CPU."""
+"""Training steps, sampling and measuring on a pretended GPU: no tensor is forgotten on the CPU."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from tiny_families import setup_run
 
 import evaluate
 from conftest import make_trainer
+from models.loading import load_model
+from scripts.panel import PanelEvaluator
+from utils import distributed, panel
 
 # The second derivative of group norm changes shapes in place, which GpuTensor cannot follow: no R1.
 SETTINGS = {"adt": ["--set", "whiten_features=true"], "add": ["--set", "r1_gamma=0"]}
@@ -48,3 +53,19 @@ def test_the_tiny_model_trains_and_samples_on_one_device(method):
                                                    ("sd3", "adt", ["--lora-rank", "2"])])
 def test_a_large_model_trains_and_samples_on_one_device(pretrained, cache_home, name, method, trained):
     check_run(setup_run, pretrained, name, method, *SETTINGS[method], *trained)
+
+
+@pytest.mark.thorough
+def test_a_model_is_measured_on_one_device(glyphs, monkeypatch):
+    monkeypatch.setattr(panel, "two_sample_auc", partial(panel.two_sample_auc, num_steps=3))
+    monkeypatch.setattr("scripts.panel.NUM_TRAIN_IMAGES", (2000, 2000))
+    monkeypatch.setattr("scripts.panel.NUM_TEST_IMAGES", 2000)
+
+    def measure():
+        model = load_model("tiny", "glyphs").to(distributed.get_device())
+        model.precision = "fp32"
+        return PanelEvaluator(glyphs, 200).measure(model, 1, 0, {})
+
+    expected = measure()
+    with pretended_gpu():
+        assert measure() == pytest.approx(expected, rel=1e-3, abs=1e-4)

@@ -13,7 +13,8 @@ metric here compares images with real ones without it:
     nearest           distance to the nearest training image, 1 is that of unseen real images, 0 a copy
     caption_variance  variance among images of one caption, 1 is that of real images
 
-Images are (N, 3, H, W) in [-1, 1]. Read next: scripts/panel.py"""
+Images are (N, 3, H, W) in [-1, 1], on any device; random numbers are drawn on the CPU, so that they are
+the same everywhere. Read next: scripts/panel.py"""
 
 import torch
 import torch.nn as nn
@@ -32,7 +33,8 @@ def sliced_wasserstein(a, b, num_directions=NUM_DIRECTIONS, seed=3):
     """Mean Wasserstein-1 distance of a (N, D) and b (N, D) projected on random unit vectors (Rabin et al.
     2011); of two sorted samples of numbers it is the mean absolute difference."""
     generator = torch.Generator().manual_seed(seed)
-    directions = F.normalize(torch.randn(a.shape[1], num_directions, generator=generator), dim=0)
+    directions = torch.randn(a.shape[1], num_directions, generator=generator).to(a.device)
+    directions = F.normalize(directions, dim=0)
     projected_a, projected_b = ((x @ directions).sort(0).values for x in (a, b))
     return float((projected_a - projected_b).abs().mean())
 
@@ -70,7 +72,7 @@ def border_grain(images):
     """Median over images of the amplitude of period two along the upper and lower border, mean over channels.
     Independent noise of standard deviation s along a border of W pixels gives .8 s / sqrt(W)."""
     border = torch.stack([images[:, :, 0], images[:, :, -1]], 2)        # (N, 3, 2, W)
-    signs = torch.ones(border.shape[-1])
+    signs = torch.ones(border.shape[-1], device=border.device)
     signs[1::2] = -1
     return float((border * signs).mean(-1).abs().mean((1, 2)).median())
 
@@ -135,23 +137,25 @@ def two_sample_auc(real, fake, num_steps=300, batch_size=64, noise_std=.02, seed
     half = min(len(real), len(fake)) // 2
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = TwoSampleCNN()
+        network = TwoSampleCNN().to(real.device)
         images = torch.cat([real[:half], fake[:half]])
-        labels = torch.cat([torch.ones(half), torch.zeros(half)])
+        labels = torch.cat([torch.ones(half), torch.zeros(half)]).to(real.device)
+
+        def with_noise(x):
+            return x + noise_std * torch.randn(x.shape).to(x.device)
+
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=.01)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1., 0., num_steps)
         for _ in range(num_steps):
             rows = torch.randint(2 * half, (batch_size,))
-            x = images[rows] + noise_std * torch.randn(batch_size, *images.shape[1:])
-            loss = F.binary_cross_entropy_with_logits(network(x), labels[rows])
+            loss = F.binary_cross_entropy_with_logits(network(with_noise(images[rows])), labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
         network.eval()
         with torch.no_grad():
-            logits = [torch.cat([network(chunk + noise_std * torch.randn(chunk.shape))
-                                 for chunk in held_out[half:2 * half].split(250)])
+            logits = [torch.cat([network(with_noise(chunk)) for chunk in held_out[half:2 * half].split(250)])
                       for held_out in (real, fake)]
     return area_under_curve(*logits)
 
@@ -162,12 +166,12 @@ class Panel:
     """Real images and what is computed of them once. `real_metrics` is what other real images score: the
     floor of every column."""
 
-    def __init__(self, reference, unseen, extract_features, train=None):
+    def __init__(self, reference, unseen, extract_features, train=None, device="cpu"):
         """reference (N, 3, H, W): real images that others are compared with. unseen: N other real images, for
         the floor. extract_features: (N, 3, H, W) -> (N, D), of models.efficientnet. train: training images,
-        for `nearest`; None if the reference is part of them."""
-        self.reference = reference
-        self.train = None if train is None else thumbnails(train)
+        for `nearest`; None if the reference is part of them. device: where all is computed."""
+        self.reference = reference = reference.to(device)
+        self.train = None if train is None else thumbnails(train).to(device)
         self.extract_features = extract_features
         self.features = extract_features(reference)
         self.patches = random_patches(reference)
@@ -182,6 +186,7 @@ class Panel:
         if images.shape != self.reference.shape:
             raise ValueError(f"the panel compares {tuple(self.reference.shape)} real images with as many "
                              f"others, not with {tuple(images.shape)}")
+        images = images.to(self.reference.device)
         patches = random_patches(images)
         scores = {"fd_efficientnet": frechet_distance(self.features, self.extract_features(images)),
                   "sw_pixel": 1000 * sliced_wasserstein(self.reference.flatten(1), images.flatten(1)),
