@@ -167,10 +167,13 @@ def rollout_from_batch(model, x0, cond, uncond, config, generator=None):
     grad_steps = sampler.select_grad_steps_of_batch(len(timesteps), starts, config.num_grad_steps,
                                                     config.grad_step_selection, generator)
     path = model, x, timesteps, cond, uncond, config.guidance_scale
-    if config.checkpoint_rollout or config.input_grad_scale:
+    # where blocks are recomputed, images that join at different steps would need many small calls
+    graphs_are_kept = not config.checkpoint_rollout or model.recomputes_blocks and len(starts.unique()) > 1
+    if config.input_grad_scale or not graphs_are_kept:
         return sampler.rollout(*path, grad_steps, config.input_grad_scale, config.checkpoint_rollout,
                                starts=starts)
-    return sampler.rollout_in_two_passes(*path, grad_steps=grad_steps, starts=starts)
+    call_size = len(x) if config.checkpoint_rollout else None          # recomputes blocks of so many images
+    return sampler.rollout_in_two_passes(*path, grad_steps=grad_steps, starts=starts, call_size=call_size)
 
 
 def generator_loss(model, teacher, disc, batch, config):

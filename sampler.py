@@ -140,13 +140,13 @@ def rollout(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, grad_ste
 
 
 def rollout_in_two_passes(model, x, timesteps, cond, uncond=None, guidance_scale=1.0, *, grad_steps,
-                          starts=None):
-    """The x0 and the gradient of `rollout` with input_grad_scale=0, up to rounding, in larger calls.
+                          starts=None, call_size=None):
+    """The x0 and the gradient of `rollout` with input_grad_scale=0, up to rounding, in fewer, larger calls.
 
-    The inputs of all calls are constants, so the path is run without gradients first. One call then repeats
-    those that keep their graph, of all images and steps at once, and the second pass along the path takes its
-    outputs. Small calls have much overhead; memory is that of all K graphs. timesteps: (n,); grad_steps:
-    (n, B) bool; the rest as in rollout."""
+    The inputs of all calls are constants, so the path is run without gradients first. Then those calls that
+    keep their graph are repeated, call_size images and steps at once (None: all), and the second pass along
+    the path takes their outputs. Small calls have much overhead; memory is that of all K graphs.
+    timesteps: (n,); grad_steps: (n, B) bool; the rest as in rollout."""
     path = model, x, timesteps, cond, uncond, guidance_scale
     calls = {}
     with torch.no_grad():                                              # ADT constraint: every x_t is sg[x_t]
@@ -156,8 +156,13 @@ def rollout_in_two_passes(model, x, timesteps, cond, uncond=None, guidance_scale
     steps, images = grad_steps.nonzero(as_tuple=True)                  # one of each for every kept graph
     x_t = torch.cat([x_t[grad_steps[i, :len(x_t)]] for i, (x_t, _) in calls.items()])
     t = timesteps[steps].to(x.device)
-    with model.precision_for(t):                                       # a larger amplification than to t_next
-        y = model.predict(x_t, t, {k: v[images] for k, v in cond.items()}, uncond, guidance_scale)
+    t_next = torch.cat([timesteps[1:], timesteps.new_zeros(1)])[steps].to(x.device)  # the cleanest, for x0
+    y = []
+    for rows in torch.arange(len(steps)).split(call_size or len(steps)):
+        with model.precision_for(t[rows], t_next[rows]):
+            y.append(model.predict(x_t[rows], t[rows], {k: v[images[rows]] for k, v in cond.items()}, uncond,
+                                   guidance_scale))
+    y = torch.cat(y)
     outputs = {i: constant.index_copy(0, images[steps == i].to(x.device), y[steps == i].to(constant.dtype))
                for i, (_, constant) in calls.items()}
     return rollout(*path, starts=starts, outputs=outputs)

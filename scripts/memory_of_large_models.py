@@ -232,8 +232,10 @@ def step_cost(method, config, costs, recomputes_blocks, is_fp32):
     cfg_factor = 2 if config.guidance_scale != 1 else 1
     # without recomputed blocks whole calls are recomputed, also that of the diffusion loss
     recomputed_fwd = 0 if recomputes_blocks else network_fwd
+    # with them a batch of images repeats the calls that keep their graph (adt.py, rollout_from_batch)
+    repeated_fwd = network_fwd if recomputes_blocks and config.batch_size > 1 else recomputed_fwd
     path_tflop = recomputed_fwd + cfg_factor * (mean_steps * network_fwd + config.num_grad_steps
-                                                * (recomputed_fwd + network_bwd))
+                                                * (repeated_fwd + network_bwd))
     image_tflop = 2 * decoder_fwd + decoder_bwd + 6 * backbone_fwd + backbone_bwd
 
     num_graphs = 1 + config.num_grad_steps * cfg_factor if recomputes_blocks else 0

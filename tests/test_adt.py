@@ -227,6 +227,34 @@ def test_one_generator_gives_all_micro_batches_the_same_start_and_steps(toy):
     assert len(set(map(tuple, calls))) > 2
 
 
+@pytest.mark.equation("ADT constraint")
+def test_where_blocks_are_recomputed_images_share_the_calls_that_keep_a_graph(toy):
+    """Four images that join at different steps of a path of 20: at most K = 5 calls of four images keep their
+    graphs, instead of one for each step at which any image does; x0 and the gradient are the same. Images
+    that start together share all calls anyway."""
+    model, x0 = toy(), torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    cond, num_calls = model.encode_prompts(["a", "bc", "d", "e"]), {}
+
+    def run(recomputes_blocks, rollout_start):
+        model.calls.clear()
+        model.recomputes_blocks = recomputes_blocks
+        torch.manual_seed(1)
+        config = adt.Config(num_inference_steps=20, num_grad_steps=5, rollout_start=rollout_start,
+                            checkpoint_rollout=True)
+        sample = adt.rollout_from_batch(model, x0, cond, cond, config, torch.Generator().manual_seed(0))
+        forward_calls = [(len(x), has_graph) for x, _, has_graph in model.calls]
+        num_calls[rollout_start, recomputes_blocks] = len(forward_calls), sum(g for _, g in forward_calls)
+        grads = torch.autograd.grad(sample.square().sum(), model.network.parameters())
+        return [sample.detach(), *grads]
+
+    for a, b in zip(run(False, "image"), run(True, "image")):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    run(True, "noise")
+    assert num_calls["image", False][1] >= 10 and num_calls["image", True][1] <= 5
+    assert num_calls["image", True][0] < num_calls["image", False][0]
+    assert num_calls["noise", True] == (20, 5)
+
+
 # --------------------------------------------------------------------------------------------- diffusion loss
 
 def test_without_adversarial_loss_the_diffusion_loss_is_left(tiny_setup):

@@ -113,9 +113,10 @@ def test_every_image_has_k_steps_of_its_own(toy):
 @pytest.mark.equation("ADT constraint")
 @pytest.mark.parametrize("name,guidance_scale", [("tiny", 1.), ("tiny", 3.), ("sd15", 1.), ("sd3", 3.)])
 @pytest.mark.parametrize("starts", [[0, 0, 0], [0, 0, 2], [1, 3, 3]])
-def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, starts):
-    """The calls with a graph are made afterwards, in one batch: the network is called once more than without
-    gradients, with as many images as there are graphs. Each image's own gradient is compared."""
+@pytest.mark.parametrize("call_size", [None, 2])
+def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, starts, call_size):
+    """The calls with a graph are made afterwards, all in one or call_size images at a time. Each image's own
+    gradient is compared."""
     model = Toy() if name == "tiny" else Toy(*family_schedule(name))
     starts, x = torch.tensor(starts), randn(3, 2, 4, 4)
     timesteps, cond = sampler.make_timesteps(1000, 5), model.encode_prompts(["a", "bc", "d"])
@@ -124,7 +125,8 @@ def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, 
     keeps_graph &= torch.arange(5)[:, None] >= starts
     one_pass = sampler.rollout(*path, keeps_graph, checkpointing=False, starts=starts)
     model.calls.clear()
-    two_passes = sampler.rollout_in_two_passes(*path, grad_steps=keeps_graph, starts=starts)
+    two_passes = sampler.rollout_in_two_passes(*path, grad_steps=keeps_graph, starts=starts,
+                                               call_size=call_size)
     torch.testing.assert_close(two_passes, one_pass, rtol=0, atol=1e-12)
     with torch.no_grad():                                    # warm-up of the discriminator: the path alone
         num_calls = len(model.calls)
@@ -132,9 +134,10 @@ def test_two_passes_give_the_samples_and_gradients_of_one(name, guidance_scale, 
                            two_passes)
         assert len(model.calls) == num_calls + 5 - int(starts[0])
         del model.calls[num_calls:]
-    num_graphs = int(keeps_graph.sum()) * (1 if guidance_scale == 1 else 2)
-    assert [len(x) for x, _, has_graph in model.calls if has_graph] == [num_graphs]
-    assert len(model.calls) == 5 - int(starts[0]) + 1
+    num_graphs, cfg_factor = int(keeps_graph.sum()), 1 if guidance_scale == 1 else 2
+    sizes = [cfg_factor * len(rows) for rows in torch.arange(num_graphs).split(call_size or num_graphs)]
+    assert [len(x) for x, _, has_graph in model.calls if has_graph] == sizes
+    assert len(model.calls) == 5 - int(starts[0]) + len(sizes)
     for a, b in zip(one_pass, two_passes):
         grads = (torch.autograd.grad(y.square().sum(), model.network.parameters(), retain_graph=True)
                  for y in (a, b))
