@@ -140,6 +140,33 @@ def matmul_tflops(device, dtype, side=8192, repeats=4):
     return 2 * side ** 3 / min(times) / 1e12
 
 
+@torch.no_grad()
+def seconds_of_call(model, repeats=3):
+    """The time of a network call for one latent, on a GPU mostly that in which Python starts its kernels."""
+    x = torch.zeros(1, *model.latent_shape, device=model.alpha.device)
+    t, cond = torch.full((1,), model.T // 2, device=x.device), model.encode_prompts([""])
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        with model.autocast():
+            model.predict(x, t, cond).sum().item()                     # waits for the device
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def count_calls(method_name, config, recomputes_blocks):
+    """Network calls of a micro-batch, which follow each other; a backward pass takes the time of two."""
+    graph_call = 4 if recomputes_blocks else 3                         # one more is recomputed
+    if method_name == "add":
+        return graph_call + config.teacher_steps
+    if config.lambda_adv == 0:
+        return graph_call
+    path_length = config.num_inference_steps
+    if config.rollout_start == "image":                                # the first of evenly spread starts
+        path_length *= 1 - 1 / (2 * config.batch_size)
+    return path_length + (1 + config.num_grad_steps) * (4 if config.checkpoint_rollout else graph_call)
+
+
 def count(n, singular, plural):
     """'1 image', '2,000 images'."""
     return f"{n:,} {singular if n == 1 else plural}"
@@ -207,7 +234,12 @@ def expected_cost(run_config, trainer, device, dtype):
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     num_images = config.batch_size * config.gradient_accumulation_steps
     pixels = (resolution / estimate["resolution"]) ** 2
-    seconds = num_images * estimate["tflop"] * pixels / matmul_tflops(device, torch_dtype)
-    hours = seconds * num_steps / 3600
+    bounds = {"matrix products": num_images * estimate["tflop"] * pixels / matmul_tflops(device, torch_dtype)}
+    if not (run_config["fsdp"] or run_config["compile"]):              # all processes call it, or compile it
+        num_calls = count_calls(run_config["method"], config, trainer.model.recomputes_blocks)
+        bounds["a network call"] = (num_calls * config.gradient_accumulation_steps
+                                    * seconds_of_call(trainer.model))
+    bound = max(bounds, key=bounds.get)
+    seconds, hours = bounds[bound], bounds[bound] * num_steps / 3600
     return (f"about {gib:.0f} GiB, at least {seconds:.2g} s a step and {hours:.2g} h for {num_steps:,} steps "
-            "(by arithmetic, from this device's speed of matrix products)")
+            f"(by arithmetic, from this device's speed of {bound})")
