@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,12 +32,13 @@ from models.hub import reason_of
 from models.preflight import expected_gib, load_estimate
 from scripts import tiny_pipelines
 from scripts.full_size_networks import full_size_network
+from scripts.memory_of_large_models import GPU_TFLOPS
 from utils import distributed
 from utils.checkpoint import atomic_write_text
 from utils.plotting import markdown_table
 
 ROOT = Path(__file__).parent.parent
-CELL_SECONDS = 120                     # a cell that takes longer is interrupted
+CELL_SECONDS = 200                     # a cell that takes longer is interrupted
 GIB = 2 ** 30
 
 
@@ -153,6 +155,30 @@ def memory_and_time(networks, method, model_name, batch_size, *options):
             "pixels": trainer.model.resolution}
 
 
+def profile_step(networks, method, model_name, batch_size):
+    """Where the time of a step goes: is the GPU busy, or does it wait for the CPU to start its kernels?"""
+    trainer = networks.trainer(method, model_name, "--set", f"batch_size={batch_size}", "--set",
+                               "gradient_accumulation_steps=1")
+    trainer.train_step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    start = time.perf_counter()
+    model_cls = type(trainer.model)
+    with (torch.profiler.profile(activities=activities) as profiler,
+          patch.object(model_cls, "call_network", autospec=True,
+                       side_effect=model_cls.call_network) as calls):
+        trainer.train_step()
+        synchronize()
+    events = profiler.key_averages()
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:8]
+    return {"s with the profiler": time.perf_counter() - start, "network calls": calls.call_count,
+            "kernels": sum(event.count for event in kernels),
+            "GPU busy, s": sum(event.self_device_time_total for event in kernels) / 1e6,
+            "longest": {event.key[:60]: event.self_device_time_total / 1e6 for event in longest}}
+
+
 def fits_24_gib(networks):
     """ADT on SD 1.5 as `--model sd15` trains it, with the memory of a 24 GB card."""
     if torch.cuda.is_available():
@@ -221,6 +247,24 @@ def recomputation(networks, model_name):
             "gradients, median": statistics.median(differences), "gradients, largest": max(differences)}
 
 
+def calls_of_several_sizes(networks, model_name):
+    """Seconds of a call without gradients: equal ones for all sizes mean that it waits for the CPU."""
+    result = {}
+    for rank in (0, 128):
+        model = networks.denoiser(model_name)
+        if rank:
+            model.add_lora(rank)
+        model.to(distributed.get_device()).cast_frozen(torch.bfloat16)
+        for batch_size in (2, 8, 32):
+            x = torch.randn(batch_size, *model.latent_shape, device=model.alpha.device)
+            t = torch.full((batch_size,), 500, device=x.device)
+            job = partial(model.predict, x, t, model.encode_prompts(["a cat"] * batch_size))
+            with torch.no_grad(), model.autocast():
+                seconds = seconds_per_call(job)
+            result[f"rank {rank}, batch {batch_size}"] = seconds
+    return result
+
+
 def layout_and_compiler(networks, model_name):
     """Seconds of a forward and backward pass of the network: as it is, channels_last, compiled."""
     model = networks.denoiser(model_name).to(distributed.get_device())
@@ -282,7 +326,11 @@ def all_cells():
             ("adt", "sd3", 1), ("adt", "sd15", 1, "--full"), ("adt", "sd15", 4, "--precision", "fp16")):
         name = " ".join(["memory", method, model_name, f"batch {batch_size}", *options])
         cells[name] = (memory_and_time, method, model_name, batch_size, *options)
+    for method, model_name, batch_size in (("adt", "sd15", 4), ("adt", "sdxl", 1), ("add", "sd15", 4)):
+        cells[f"profile {method} {model_name} batch {batch_size}"] = (profile_step, method, model_name,
+                                                                      batch_size)
     cells["24 GB"] = (fits_24_gib,)
+    cells["calls sd15"] = (calls_of_several_sizes, "sd15")
     cells["precision sd15"] = (precision_of_eps, "sd15")
     cells["precision sdxl"] = (precision_of_eps, "sdxl")
     cells["recomputation sd15"] = (recomputation, "sd15")
@@ -327,15 +375,43 @@ def rounded(value):
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def report_page(device_name, results):
-    """docs/gpu.md."""
-    lines = ["# Measured on a GPU", "",
-             f"`python -m scripts.gpu_report` · {device_name} · torch {torch.__version__} · Python "
-             f"{platform.python_version()} · full-size networks with random weights.", ""]
-    rows = [(name, json.dumps({key: value for key, value in result.items() if key != "cell, s"},
-                              ensure_ascii=False)[1:-1].replace('"', ""))
-            for name, result in results.items()]
-    return "\n".join(lines) + markdown_table(["cell", "result"], rows) + "\n"
+def describe_machine():
+    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device_name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def report_page(machine, results):
+    """docs/gpu.md: a table of the training steps, one of the precisions, and what the other cells say."""
+    steps, precisions, others = [], [], []
+    for name, result in results.items():
+        kind, *words = name.split()
+        if "failed" in result:
+            others.append(f"- {name}: failed ({result['failed']})")
+        elif kind == "memory":
+            method, model_name, _, batch_size, *options = words
+            steps.append((f"{method}, {model_name}", " ".join(options), result["pixels"], batch_size,
+                          result["gib"], result["gib by arithmetic"], result["seconds"],
+                          f"{result['tflop by arithmetic'] / GPU_TFLOPS:.2g}"))
+        elif kind == "precision":
+            timesteps = dict.fromkeys(key.split(", ")[1] for key in result if ", t" in key)
+            precisions += [(words[0], timestep,
+                            *(" / ".join(f"{value:.2g}" for value in result[f"{dtype}, {timestep}"].values())
+                              for dtype in ("tf32", "fp16", "bf16"))) for timestep in timesteps]
+        else:
+            others.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in result.items()
+                                                    if key != "cell, s"))
+    parts = ["# Measured on a GPU",
+             f"`python -m scripts.gpu_report` on: {machine}.",
+             "Networks of full size with random weights; nothing was trained to its end.",
+             "## A training step", "The median of two or three steps. *By arithmetic*: "
+             "[how](stable_diffusion.md#memory-and-time-of-a-step); seconds are a lower bound, "
+             f"{GPU_TFLOPS} TFLOP/s.",
+             markdown_table(["run", "options", "px", "batch", "GiB", "by arithmetic", "s", "by arithmetic"],
+                            steps),
+             "## Precision", "Relative error of ε / standard deviation of the error of x0, against fp32.",
+             markdown_table(["model", "timestep", "TF32", "fp16", "bf16"], precisions),
+             "## Other measurements", "\n".join(others)]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv=None):
@@ -348,7 +424,6 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.tiny:
         parser.exit(2, "gpu_report.py: wanted a GPU with CUDA, found none: --tiny rehearses it on a CPU\n")
     output = args.output or (None if args.tiny else ROOT / "docs" / "gpu.md")
-    device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     networks, start, results = Networks(args.tiny), time.perf_counter(), {}
     for name, (function, *arguments) in all_cells().items():
         if args.only not in name:
@@ -359,7 +434,7 @@ def main(argv=None):
             results[name] = rounded(run_cell(networks, function, *arguments))
         print(json.dumps({name: results[name]}, ensure_ascii=False), flush=True)
         if output:
-            atomic_write_text(output, report_page(device_name, results))
+            atomic_write_text(output, report_page(describe_machine(), results))
     if any("failed" in result for result in results.values()):
         sys.exit(1)
 
