@@ -81,7 +81,8 @@ def test_the_report_shows_the_best_row_and_keeps_it_out_of_the_result(stored, tm
         "before, 10 steps", "before, 25 steps", "after, 10 steps", "real images"]
     assert lines[0].count("|") == 7                          # the labels and five columns
     assert lines[-1].startswith("2,000 images in each row; ")
-    assert lines[-1].endswith(" Rows before training: from results/runs/; fd is lowest in 25 steps.")
+    assert lines[-1].endswith(" From results/runs/: before, 25 steps. Before training fd is lowest in 25 "
+                              "steps.")
     printed = capsys.readouterr().out
     assert table in printed
     assert "after training are closer to real images than in 10 steps before" in printed
@@ -91,8 +92,10 @@ def test_the_report_shows_the_best_row_and_keeps_it_out_of_the_result(stored, tm
 def test_a_row_of_the_run_is_not_repeated(stored):
     weights = stored({"10 steps (2000 images)": 1.5})
     recorded = report.recorded_metrics(run_config(), weights, Measured())
-    table = report.table_with_recorded(ROWS, recorded, 2000)
-    assert table.count("before, 10 steps") == 1
+    rows = [("before, 10 steps", recorded["before, 10 steps", 1.]), *ROWS[1:]]
+    table = report.table_with_recorded(rows, recorded, 2000)
+    assert table.count("| before, 10 steps") == 1
+    assert "From results/runs/: before, 10 steps. " in table
 
 
 @pytest.mark.parametrize("data,steps", [("glyphs", (1, 4, 10, 25, 50)), ("fashion", (1, 4, 10, 25, 50))])
