@@ -99,7 +99,8 @@ class Evaluator:
     @torch.no_grad()
     def extract_features(self, images):
         """(N, 3, H, W) -> features (N, 128), predicted class of each attribute (N, A), on the CPU."""
-        outputs = [self.classifier(chunk.to(self.device)) for chunk in images.split(250)]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on a CPU
+            outputs = [self.classifier(chunk.to(self.device)) for chunk in images.split(250)]
         features = torch.cat([chunk_features for chunk_features, _ in outputs])
         classes = [torch.stack([l.argmax(1) for l in logits], 1) for _, logits in outputs]
         return features.cpu(), torch.cat(classes).cpu()

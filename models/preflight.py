@@ -146,25 +146,32 @@ def seconds_of_call(model, repeats=3):
     x = torch.zeros(1, *model.latent_shape, device=model.alpha.device)
     t, cond = torch.full((1,), model.T // 2, device=x.device), model.encode_prompts([""])
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        with model.autocast():
+    with model.autocast():                                             # it casts trained weights once
+        for _ in range(repeats):
+            start = time.perf_counter()
             model.predict(x, t, cond).sum().item()                     # waits for the device
-        times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start)
     return min(times)
 
 
 def count_calls(method_name, config, recomputes_blocks):
-    """Network calls of a micro-batch, which follow each other; a backward pass takes the time of two."""
-    graph_call = 4 if recomputes_blocks else 3                         # one more is recomputed
+    """Network calls of a micro-batch that follow each other, on average. A backward pass counts as two: about
+    that many kernels."""
+    backward = 3 if recomputes_blocks else 2                           # with the forward pass that it repeats
     if method_name == "add":
-        return graph_call + config.teacher_steps
+        return 1 + backward + config.teacher_steps
     if config.lambda_adv == 0:
-        return graph_call
+        return 1 + backward
+    if config.checkpoint_rollout:
+        backward = 3
     path_length = config.num_inference_steps
-    if config.rollout_start == "image":                                # the first of evenly spread starts
-        path_length *= 1 - 1 / (2 * config.batch_size)
-    return path_length + (1 + config.num_grad_steps) * (4 if config.checkpoint_rollout else graph_call)
+    num_graphs = min(config.num_grad_steps, path_length)
+    is_repeated = not config.checkpoint_rollout                        # adt.py, rollout_from_batch
+    if config.rollout_start == "image":
+        num_graphs -= num_graphs * (num_graphs - 1) / (2 * path_length)  # an image that joins late has fewer
+        path_length -= (path_length / config.batch_size - 1) / 2       # the first of evenly spread starts
+        is_repeated |= recomputes_blocks and config.batch_size > 1
+    return 1 + backward + path_length + num_graphs * (is_repeated + backward)
 
 
 def count(n, singular, plural):
@@ -241,5 +248,5 @@ def expected_cost(run_config, trainer, device, dtype):
                                     * seconds_of_call(trainer.model))
     bound = max(bounds, key=bounds.get)
     seconds, hours = bounds[bound], bounds[bound] * num_steps / 3600
-    return (f"about {gib:.0f} GiB, at least {seconds:.2g} s a step and {hours:.2g} h for {num_steps:,} steps "
+    return (f"about {gib:.0f} GiB, {seconds:.2g} s a step and {hours:.2g} h for {num_steps:,} steps "
             f"(by arithmetic, from this device's speed of {bound})")

@@ -1,6 +1,6 @@
 """Runs the Stable Diffusion code on a GPU in full size with random weights, and writes docs/gpu.md.
 
-    python -m scripts.gpu_report                 everything, about nine minutes on an H100, without a network
+    python -m scripts.gpu_report                 everything, at most nine minutes, without a network
     python -m scripts.gpu_report --only memory   cells whose name contains "memory"
     python -m scripts.gpu_report --tiny          the same with tiny networks, also on a CPU: a rehearsal
 
@@ -170,10 +170,11 @@ def profile_step(networks, method, model_name, batch_size):
                        side_effect=model_cls.call_network) as calls):
         trainer.train_step()
         synchronize()
+        seconds = time.perf_counter() - start
     events = profiler.key_averages()
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     longest = sorted(kernels, key=lambda event: -event.self_device_time_total)[:8]
-    return {"s with the profiler": time.perf_counter() - start, "network calls": calls.call_count,
+    return {"s with the profiler": seconds, "network calls": calls.call_count,
             "kernels": sum(event.count for event in kernels),
             "GPU busy, s": sum(event.self_device_time_total for event in kernels) / 1e6,
             "longest": {event.key[:60]: event.self_device_time_total / 1e6 for event in longest}}

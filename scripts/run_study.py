@@ -18,6 +18,7 @@ not repeated and what was interrupted continues, so a study may be stopped at an
 import argparse
 import itertools
 import json
+import math
 import re
 import shlex
 import signal
@@ -186,8 +187,8 @@ def recipe_arguments(experiment, data_name, run_dir):
 
 
 def train_or_load(experiment, data_name, seed, steps, run_dir, base_dir=None):
-    """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time}. base_dir: of a
-    base that is not in weights/."""
+    """Start, continue or reuse the run in run_dir -> model, {"minutes": its training time, on a CPU}.
+    base_dir: of a base that is not in weights/."""
     weights = run_dir / "denoiser.safetensors"
     if not (weights.is_file() and checkpoint.load_weights(weights)[1]["steps"] == steps):
         cli_args = ["--steps", str(steps), "--eval-samples", "0"]
@@ -203,7 +204,8 @@ def train_or_load(experiment, data_name, seed, steps, run_dir, base_dir=None):
     times = [row["seconds"] for row in log]
     step_times = [after - before for before, after in zip([0., *times], times)]
     median_step = statistics.median(step_times)                        # so that pauses do not count
-    return load_model("tiny", data_name, run_dir), {"minutes": median_step * steps / 60}
+    minutes = {"minutes": median_step * steps / 60} if distributed.get_device().type == "cpu" else {}
+    return load_model("tiny", data_name, run_dir), minutes
 
 
 def config_label(num_steps, settings):
@@ -289,7 +291,7 @@ def collect_results(args, study, dataset, evaluator):
     minutes_per_step = fastest_minutes_per_step(runs_dir) | read_pace(runs_dir, file_name)
     for experiment, label, metrics, name in run_rows:
         recipe, steps = split_run_name(name)
-        minutes = minutes_per_step[recipe] * steps
+        minutes = minutes_per_step[recipe] * steps if recipe in minutes_per_step else ""
         rows.append((f"{experiment.label}, {label}", experiment.paper_value, {**metrics, "minutes": minutes}))
     real_metrics = {**evaluator.real_metrics, "steps": "", "fd_excess": 0., "minutes": ""}
     rows.append(("real images", "", real_metrics))
@@ -311,8 +313,9 @@ def fastest_minutes_per_step(runs_dir):
     fastest = {}
     for path in runs_dir.glob("*steps-seed*.json"):
         recipe, steps = split_run_name(path.stem)
-        minutes = next(iter(read_metrics(path).values()))["minutes"] / steps
-        fastest[recipe] = min(fastest.get(recipe, minutes), minutes)
+        metrics = next(iter(read_metrics(path).values()))
+        if "minutes" in metrics:
+            fastest[recipe] = min(fastest.get(recipe, math.inf), metrics["minutes"] / steps)
     return fastest
 
 

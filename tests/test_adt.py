@@ -244,6 +244,7 @@ def test_where_blocks_are_recomputed_images_share_the_calls_that_keep_a_graph(to
         sample = adt.rollout_from_batch(model, x0, cond, cond, config, torch.Generator().manual_seed(0))
         forward_calls = [(len(x), has_graph) for x, _, has_graph in model.calls]
         num_calls[rollout_start, recomputes_blocks] = len(forward_calls), sum(g for _, g in forward_calls)
+        assert max(size for size, has_graph in forward_calls if has_graph) <= len(x0)
         grads = torch.autograd.grad(sample.square().sum(), model.network.parameters())
         return [sample.detach(), *grads]
 
