@@ -49,8 +49,8 @@ class Config(settings.DiscriminatorConfig, settings.TrainConfig):
                                    "secondary: which K steps"] = "strided"
     guidance_scale: Annotated[float, "ours: classifier-free guidance inside the path"] = 1.0
     input_grad_scale: Annotated[float, "secondary: gradient through the network's input, 0 = none"] = 0.0
-    checkpoint_rollout: Annotated[bool, "ours: save memory: call the network step by step, and recompute "
-                                  "each call in the backward pass"] = False
+    checkpoint_rollout: Annotated[bool, "ours: save memory: recompute each call, or its blocks, in the "
+                                  "backward pass"] = False
     real_images: Annotated[Literal["original", "vae_reconstruction"],
                            "ours: what D takes as real, x0 or decode(encode(x0))"] = "original"
     lambda_diff: Annotated[float, "ours: weight of the diffusion loss, which the paper keeps"] = 1.0
