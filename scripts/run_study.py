@@ -276,6 +276,8 @@ def collect_results(args, study, dataset, evaluator):
     base_load_fn = None if args.no_train else lambda: (load_model("tiny", dataset.name, base_dir), {})
     base_weights = weights_path("denoiser", dataset.name, base_dir)
     base_results = runs_dir / results_name("base", base_weights, file_name)
+    if base_dir and base_weights.parent != base_dir:                   # --no-train, and its weights are gone
+        base_results = max(runs_dir.glob(f"base-*-{file_name}.json"), default=base_results)
     rows = [(f"base, {label}", "", {**metrics, "minutes": ""}) for label, metrics in
             cached_metrics(base_results, evaluator, study.base_configs, base_load_fn)]
     run_rows = []

@@ -129,7 +129,8 @@ def test_the_runs_of_every_study_are_measured_in_results():
                 continue
             for row in study.rows:
                 steps = row.steps or train.METHODS[row.method].default_steps
-                path = ROOT / "results" / "runs" / f"{run_study.run_name(row, dataset_name, steps, 0)}.json"
+                file_name = (study.data or dataset_name).replace(":", "-")
+                path = ROOT / "results" / "runs" / f"{run_study.run_name(row, file_name, steps, 0)}.json"
                 assert path.is_file(), f"no {path.name}"
 
 
