@@ -144,6 +144,6 @@ def test_documents_have_the_numbers_of_the_estimates():
             assert abs(measured[method, model] / gib - 1) < .2
     sentence = (f"GPU memory with LoRA, measured: ADT {measured['adt', 'sd15']} GiB on SD 1.5 and "
                 f"{measured['adt', 'sd3']:.0f} on SD 3, ADD {measured['add', 'sd15']:.0f} on SD 1.5; "
-                f"by arithmetic: ADT {computed['adt', 'sdxl']} on SDXL, ADD {computed['add', 'sdxl']} on SDXL and "
-                f"{computed['add', 'sd3']} on SD 3.")
+                f"by arithmetic: ADT {computed['adt', 'sdxl']} on SDXL, "
+                f"ADD {computed['add', 'sdxl']} on SDXL and {computed['add', 'sd3']} on SD 3.")
     assert sentence in " ".join((ROOT / "README.md").read_text().split())
