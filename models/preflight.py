@@ -131,13 +131,17 @@ def matmul_tflops(device, dtype, side=8192, repeats=4):
     """The speed of matrix products on a device, TFLOP/s, measured in about a tenth of a second on a GPU."""
     side = side if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side ** 3 / shortest_time(lambda: (a @ a)[0, 0], repeats) / 1e12
+
+
+def shortest_time(job, repeats):
+    """Seconds of the quickest of several calls of job, which returns a tensor of one element."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        b = a @ a
-        b[0, 0].item()                                                 # waits for the device
+        job().item()                                                   # waits for the device
         times.append(time.perf_counter() - start)
-    return 2 * side ** 3 / min(times) / 1e12
+    return min(times)
 
 
 @torch.no_grad()
@@ -145,13 +149,8 @@ def seconds_of_call(model, repeats=3):
     """The time of a network call for one latent, on a GPU mostly that in which Python starts its kernels."""
     x = torch.zeros(1, *model.latent_shape, device=model.alpha.device)
     t, cond = torch.full((1,), model.T // 2, device=x.device), model.encode_prompts([""])
-    times = []
     with model.autocast():                                             # it casts trained weights once
-        for _ in range(repeats):
-            start = time.perf_counter()
-            model.predict(x, t, cond).sum().item()                     # waits for the device
-            times.append(time.perf_counter() - start)
-    return min(times)
+        return shortest_time(lambda: model.predict(x, t, cond).sum(), repeats)
 
 
 def count_calls(method_name, config, recomputes_blocks):
@@ -238,10 +237,10 @@ def expected_cost(run_config, trainer, device, dtype):
         return f"{num_steps:,} steps; no estimate for a network of this size"
     config, resolution = trainer.config, trainer.model.resolution
     gib = expected_gib(estimate, config, resolution, run_config)
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     num_images = config.batch_size * config.gradient_accumulation_steps
     pixels = (resolution / estimate["resolution"]) ** 2
-    bounds = {"matrix products": num_images * estimate["tflop"] * pixels / matmul_tflops(device, torch_dtype)}
+    tflops = matmul_tflops(device, precision.compute_dtype(dtype))
+    bounds = {"matrix products": num_images * estimate["tflop"] * pixels / tflops}
     if not (run_config["fsdp"] or run_config["compile"]):              # all processes call it, or compile it
         num_calls = count_calls(run_config["method"], config, trainer.model.recomputes_blocks)
         bounds["a network call"] = (num_calls * config.gradient_accumulation_steps

@@ -154,10 +154,10 @@ def table_with_recorded(rows, recorded, num_images):
     if best not in dict(rows):
         rows = [(best, without_guidance[best]), *rows]
     rows = sorted(rows, key=lambda row: row[1]["steps"] if row[0].startswith("before") else math.inf)
-    known = [label for label, metrics in rows if metrics in recorded.values()]
+    labels = [label for label, metrics in rows if metrics in recorded.values()]
     table = plotting.metrics_table(rows, num_images=num_images)
     num_steps = best.removeprefix("before, ")
-    return f"{table} From results/runs/: {'; '.join(known)}. Before training fd is lowest in {num_steps}."
+    return f"{table} From results/runs/: {'; '.join(labels)}. Before training fd is lowest in {num_steps}."
 
 
 def summary_sentence(rows, num_images):
