@@ -1,9 +1,9 @@
 """Networks that look at images: the backbones of the discriminators, and the evaluation classifier.
 
 A backbone maps an image to feature maps and CLS tokens and stays frozen; discriminator.py puts trainable
-heads on the maps that its `layers` name. TinyViT is the default of the tiny model, TinyCNN an alternative,
-DINOv2 the backbone of Stable Diffusion's discriminators (ADD sec. 3.2). EvalClassifier is not a backbone: it
-measures (Fréchet distance, accuracy), and no discriminator may use it.
+heads on the maps that its `layers` name. TinyViT is the default of the tiny model, TinyCNN an alternative or
+an addition, DINOv2 the backbone of Stable Diffusion's discriminators (ADD sec. 3.2). EvalClassifier is not a
+backbone: it measures (Fréchet distance, accuracy), and no discriminator may use it.
 Weights are in weights/DATA/, trained by scripts/pretrain.py.
 Read next: models/loading.py"""
 
@@ -99,6 +99,25 @@ class TinyCNN(nn.Module):
             maps.append(stage(x))
             x = F.max_pool2d(F.gelu(maps[-1]), 2)
         return maps, [None] * (len(maps) - 1) + [x.mean((2, 3))]
+
+
+class JoinedBackbones(nn.Module):
+    """Several backbones as one: the maps of each that its `layers` name. The last one's last CLS token is the
+    embedding of the whole image."""
+
+    def __init__(self, *networks):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.layers = tuple(range(sum(len(network.layers) for network in networks)))
+
+    def forward(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> maps, cls_tokens, as each network returns them."""
+        maps, cls_tokens = [], []
+        for network in self.networks:
+            network_maps, network_cls = network(image)
+            maps += [network_maps[i] for i in network.layers]
+            cls_tokens += [network_cls[i] for i in network.layers]
+        return maps, cls_tokens
 
 
 class EvalClassifier(nn.Module):

@@ -6,7 +6,7 @@ Read next: train.py"""
 
 from pathlib import Path
 
-from models.backbones import EvalClassifier, TinyCNN, TinyViT, load_dino
+from models.backbones import EvalClassifier, JoinedBackbones, TinyCNN, TinyViT, load_dino
 from models.efficientnet import EfficientNetLite0
 from models.families import MODEL_FAMILIES, load_denoiser
 from models.tiny import TinyDenoiser
@@ -48,15 +48,19 @@ def load_backbone(model_name, dataset_name, kind="vit", source=None, weights_dir
     """The backbone of a model's discriminator.
 
     sd15, sdxl, sd3: DINOv2 from `source` (a transformers folder or hub id), or with random weights.
-    tiny: kind is vit (TinyViT), cnn (TinyCNN) or random (TinyViT without training), trained on this data set.
+    tiny: kind is vit (TinyViT) or cnn (TinyCNN), trained on this data set, vit+cnn (the maps of both) or
+    random (TinyViT without training).
     Its file is looked for in `source` (a folder), else in `weights_dir`, else in the project's weights/. With
     the `fingerprint` of the data set, a line says if the file in weights_dir was trained on other images."""
     if model_name in MODEL_FAMILIES:
         return load_dino(kind, source)
-    if kind not in ("vit", "cnn", "random"):
-        raise ValueError(f"unknown backbone '{kind}': wanted vit, cnn or random")
+    if kind not in ("vit", "cnn", "vit+cnn", "random"):
+        raise ValueError(f"unknown backbone '{kind}': wanted vit, cnn, vit+cnn or random")
     if source and not (Path(source) / "backbone.safetensors").is_file():
         raise FileNotFoundError(f"--backbone {source}: wanted a folder with a backbone.safetensors")
+    if kind == "vit+cnn":                                              # the last one's CLS token counts
+        return JoinedBackbones(*(load_backbone("tiny", dataset_name, part, source, weights_dir, fingerprint)
+                                 for part in ("cnn", "vit")))
     network_cls, file_name = (TinyCNN, "cnn") if kind == "cnn" else (TinyViT, "backbone")
     path = weights_path(file_name, dataset_name, source or weights_dir)
     network = load_frozen(network_cls, path)

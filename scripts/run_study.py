@@ -100,6 +100,7 @@ TABLE_1 = [Experiment(label, overrides, "add", None, paper_value, "paper")
     ("λ = 50: pseudo-Huber", [HIGH_LAMBDA, "distill_loss=huber"], "L2 is best")]]
 
 FIVE_STEPS, WHITEN = "num_inference_steps=5", "whiten_features=true"
+TWO_BACKBONES = "backbone=vit+cnn"
 BACKWARD_SIMULATION = ["pure_noise_prob=.5", "backward_simulation_prob=.5"]
 
 STUDIES = {
@@ -157,7 +158,9 @@ STUDIES = {
         Experiment("+ backward simulation", BACKWARD_SIMULATION, "add", recipe="paper"),
         Experiment("+ backward simulation, whitened features", [*BACKWARD_SIMULATION, WHITEN], "add",
                    recipe="paper"),
-        Experiment("+ backward simulation, whitened features, relativistic = tuned", method="add")],
+        Experiment("+ backward simulation, whitened features, relativistic = tuned", method="add"),
+        Experiment("tuned, features of ViT and CNN", [TWO_BACKBONES], "add"),
+        Experiment("tuned, features of ViT and CNN, 2,000 training steps", [TWO_BACKBONES], "add", 2000)],
         base_configs=[(1, {}), (25, {})], seeds=3),
     "add-table1": Study(TABLE_1, base_configs=[(1, {}), (25, {})]),
 }

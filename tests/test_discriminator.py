@@ -117,7 +117,7 @@ def test_build_backbone_fits_the_whitening_to_images_with_instance_noise(glyphs)
     assert not torch.allclose(built.feat_whiten0, clean.feat_whiten0, atol=.1)
 
 
-@pytest.mark.parametrize("kind", ["vit", "cnn", "random"])
+@pytest.mark.parametrize("kind", ["vit", "cnn", "vit+cnn", "random"])
 def test_any_backbone_works_in_any_discriminator(kind):
     """It is frozen, and the gradient reaches the image through it."""
     backbone = discriminator.FrozenBackbone(load_backbone("tiny", "glyphs", kind))
@@ -130,6 +130,15 @@ def test_any_backbone_works_in_any_discriminator(kind):
         assert len(logits) >= 3
         assert all(len(d) == 2 and d.shape[1] >= 64 for d in logits)
         assert torch.autograd.grad(losses.hinge_generator(logits), image)[0].abs().sum() > 0
+
+
+def test_joined_backbones_have_the_maps_of_both_and_the_embedding_of_the_vit():
+    image = torch.rand(2, 3, 32, 32)
+    joined, vit, cnn = (discriminator.FrozenBackbone(load_backbone("tiny", "glyphs", kind))
+                        for kind in ("vit+cnn", "vit", "cnn"))
+    assert torch.equal(joined.global_embedding(image), vit.global_embedding(image))
+    for found, expected in zip(joined(image), [*cnn(image), *vit(image)], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_random_backbone_depends_on_the_seed_and_is_not_the_pretrained_one():

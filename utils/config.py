@@ -61,7 +61,7 @@ class TrainConfig:
 class DiscriminatorConfig:
     """Frozen backbone and what the discriminator sees."""
 
-    backbone: Annotated[Literal["vit", "cnn", "random"],
+    backbone: Annotated[Literal["vit", "cnn", "vit+cnn", "random"],
                         "paper: frozen features; vit is DINOv2 for large models"] = "vit"
     whiten_features: Annotated[bool, "ours: equal variance of the features in all directions"] = False
     augment_strength: Annotated[float, "ours: strength of the differentiable augmentation, 0 to 1"] = 0.1
