@@ -62,7 +62,7 @@ class DiscriminatorConfig:
     """Frozen backbone and what the discriminator sees."""
 
     backbone: Annotated[Literal["vit", "cnn", "vit+cnn", "random"],
-                        "paper: frozen features; vit is DINOv2 for large models"] = "vit"
+                        "paper: frozen features; vit is DINOv2 for large models; vit+cnn is ours"] = "vit"
     whiten_features: Annotated[bool, "ours: equal variance of the features in all directions"] = False
     augment_strength: Annotated[float, "ours: strength of the differentiable augmentation, 0 to 1"] = 0.1
     instance_noise: Annotated[float, "ours: std of noise on the discriminator's images"] = 0.0
