@@ -28,7 +28,7 @@ from models.named import check_sampling_configs, load_named_models
 from utils import arguments, distributed, failures, launch, metrics, plotting
 from utils.batch import check_num_samples
 from utils.checkpoint import short_file_name
-from utils.precision import compute_dtype
+from utils.precision import compute_dtype, without_tf32
 
 PRETRAINED = {"base": "denoiser", "adt": "adt", "add": "add"}          # name: its file in weights/DATA/
 DEFAULT_SAMPLING_CONFIGS = [(1, {}), (4, {}), (10, {}), (25, {})]      # (num_steps, settings)
@@ -99,7 +99,7 @@ class Evaluator:
     @torch.no_grad()
     def extract_features(self, images):
         """(N, 3, H, W) -> features (N, 128), predicted class of each attribute (N, A), on the CPU."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on a CPU
+        with without_tf32():
             outputs = [self.classifier(chunk.to(self.device)) for chunk in images.split(250)]
         features = torch.cat([chunk_features for chunk_features, _ in outputs])
         classes = [torch.stack([l.argmax(1) for l in logits], 1) for _, logits in outputs]

@@ -103,7 +103,7 @@ class TinyCNN(nn.Module):
 
 class JoinedBackbones(nn.Module):
     """Several backbones as one: the maps of each that its `layers` name. The last one's last CLS token is the
-    embedding of the whole image."""
+    image's embedding."""
 
     def __init__(self, *networks):
         super().__init__()
@@ -111,7 +111,7 @@ class JoinedBackbones(nn.Module):
         self.layers = tuple(range(sum(len(network.layers) for network in networks)))
 
     def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> maps, cls_tokens, as each network returns them."""
+        """image (B, 3, H, W) in [-1, 1] -> maps, cls_tokens of the selected layers, network by network."""
         maps, cls_tokens = [], []
         for network in self.networks:
             network_maps, network_cls = network(image)

@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from utils.precision import without_tf32
+
 # one row per stage: expansion, output channels, kernel size, stride, number of blocks
 STAGES = (1, 16, 3, 1, 1), (6, 24, 3, 2, 2), (6, 40, 5, 2, 2), (6, 80, 3, 2, 3), (6, 112, 5, 1, 3)
 
@@ -68,5 +70,5 @@ class EfficientNetLite0(nn.Module):
     @torch.no_grad()
     def extract_features(self, images):
         """(N, 3, H, W) -> (N, 112), in batches."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on a CPU
+        with without_tf32():
             return torch.cat([self(chunk) for chunk in images.split(100)])

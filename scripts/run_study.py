@@ -253,6 +253,11 @@ def recipe_name(experiment, dataset_name):
     return "-".join([experiment.method, *recipe, dataset_name, *experiment.overrides])
 
 
+def file_name_of(study, dataset_name):
+    """The data set's name in the names of a study's runs."""
+    return study.data.replace(":", "-") if study.data else dataset_name
+
+
 def run_name(experiment, dataset_name, steps, seed):
     """Name of a run's folder and of its file of metrics."""
     return f"{recipe_name(experiment, dataset_name)}-{steps}steps-seed{seed}"
@@ -270,7 +275,7 @@ def collect_results(args, study, dataset, evaluator):
     """Train and measure what is missing -> [(label, metrics)], the rows of the table before seeds are
     averaged."""
     runs_dir, data_name = Path(args.output_dir, "runs"), (study.data or args.data)
-    file_name = study.data.replace(":", "-") if study.data else dataset.name
+    file_name = file_name_of(study, dataset.name)
     base_dir = None
     if study.base_data:
         base_dir = runs_dir / f"base-{study.base_data.replace(':', '-')}"

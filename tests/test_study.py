@@ -129,7 +129,7 @@ def test_the_runs_of_every_study_are_measured_in_results():
                 continue
             for row in study.rows:
                 steps = row.steps or train.METHODS[row.method].default_steps
-                file_name = (study.data or dataset_name).replace(":", "-")
+                file_name = run_study.file_name_of(study, dataset_name)
                 path = ROOT / "results" / "runs" / f"{run_study.run_name(row, file_name, steps, 0)}.json"
                 assert path.is_file(), f"no {path.name}"
 

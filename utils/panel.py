@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from utils.metrics import frechet_distance
+from utils.precision import without_tf32
 
 PATCH_SIZE = 7
 PATCHES_PER_IMAGE = 16
@@ -131,7 +132,7 @@ def area_under_curve(positive, negative):
     return float((mean_rank[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)        # as on a CPU
+@without_tf32()
 def two_sample_auc(real, fake, num_steps=300, batch_size=64, noise_std=.02, seed=0):
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): train a new CNN on one half of real (N, …) and
     fake (N, …) -> its area under the ROC curve on the other half. .5: it finds no difference.

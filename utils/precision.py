@@ -45,6 +45,11 @@ def compute_dtype(precision=None):
     return dtypes[precision or default_precision()]
 
 
+def without_tf32():
+    """Context manager and decorator: a GPU computes convolutions in fp32, as a CPU does, for measurements."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def make_grad_scaler(precision=None):
     """The loss scale for fp16; for other precisions a GradScaler that does nothing."""
     precision = precision or default_precision()
